@@ -1,0 +1,295 @@
+"""What is done (`Recipe`) and how it is run (`Machine`).
+
+The recipe is portable and hashed: two machines with one recipe are asked for the same edit. The machine section never
+changes what is computed beyond rounding. Both are frozen and refuse unknown keys; `load` names the file, the key and
+the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from perpend.core.schedule import Length, NormalKernel, Schedule
+from perpend.errors import UsageError, nearest
+
+S = TypeVar("S", bound=BaseModel)
+
+Method = Literal["mean", "projected", "biprojected"]
+Mode = Literal["plain", "column", "row"]
+Strategy = Literal["accumulate", "iterative"]
+
+METHODS: dict[str, str] = {
+    "mean": "difference of the mean residual of target and baseline prompts",
+    "projected": "that difference without its component along the baseline mean of its own layer",
+    "biprojected": "that difference without its component along the baseline mean of every layer it is written to",
+}
+MODES: dict[str, str] = {
+    "plain": "W' = W - λ v vᵀW",
+    "column": "plain, then every column of W' rescaled to its old norm; at λ = 1 nothing of v is left",
+    "row": "the form common elsewhere: rows of unit norm are edited and rescaled; puts part of v back",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSection(_Section):
+    """Which model is edited."""
+
+    id: str = ""
+    """Hub id (`org/name@revision`), directory or GGUF file."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model repository."""
+
+
+class PromptsSection(_Section):
+    """Which prompts are compared; see `perpend.data` for what a reference can be."""
+
+    target: str = "perpend:target"
+    """Prompts that the model refuses. One reference is split into fit, select and report by hash."""
+    baseline: str = "perpend:baseline"
+    """Prompts that the model answers."""
+    target_select: str | None = None
+    baseline_select: str | None = None
+    target_report: str | None = None
+    baseline_report: str | None = None
+    """Separate sources for the other splits; with them, `target` and `baseline` are the fit split whole."""
+    system: str | None = None
+    """System prompt; None leaves it to the chat template."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many prompts of each class and split."""
+
+
+class FitSection(_Section):
+    """How the direction is measured."""
+
+    method: Method = "mean"
+    layer: Literal["auto", "each"] | Length = "auto"
+    """auto: chosen by forward passes; each: every layer its own; else one layer, interpolated if not whole."""
+    position: int = Field(default=-1, le=-1)
+    """Token whose residual is read, counted from the end of the encoded prompt; -1 is the last template token."""
+    winsorize: float | None = Field(default=None, gt=0.5, lt=1.0)
+    """Quantile at which each residual is clipped, per prompt and layer; for models with massive activations."""
+    rank: int = Field(default=1, ge=1)
+    """Directions removed per module (k)."""
+    filter: bool = True
+    """Fit only on targets that the model really refuses and baselines that it really answers."""
+    strategy: Strategy = "accumulate"
+    modules_per_batch: int = Field(default=2, ge=1)
+    """Iterative strategy: modules edited between two measurements."""
+
+
+class EditSection(_Section):
+    """Which modules are edited and how strongly."""
+
+    mode: Mode = "plain"
+    attention: Schedule = NormalKernel()
+    """Weight factors of the attention out-projections (and of conv, state-space or linear-attention ones)."""
+    mlp: Schedule = NormalKernel()
+    """Weight factors of the MLP and expert down-projections."""
+    through_post_norm: bool = False
+    """Take the norm that follows the module into account (Gemma 2 and 3, OLMo 2); measured to be worse on Gemma 3."""
+    allow_partial: bool = False
+    """Go on although some layer has no editable module."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Writers named by hand, as `perpend inspect` prints them."""
+
+
+class EvalSection(_Section):
+    """How replies are made and judged."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    sample: bool = False
+    """Sample with the model's own generation settings instead of greedy decoding."""
+    classifier: str = "NousResearch/Minos-v1"
+    """Sequence classifier of the hybrid: hub id, directory, `perpend:small`, or `none` for the dictionary alone."""
+    drift_tokens: int = Field(default=48, ge=1)
+    """Tokens of the base model's own replies over which drift is measured."""
+
+
+class ExportSection(_Section):
+    """What the saved model must pass."""
+
+    allow_leak: bool = False
+    """Keep an output of which a module misses its weight factor by more than 0.05."""
+    gate_prompts: int = Field(default=16, ge=0)
+    """Prompts of each class on which the reloaded export is measured again."""
+
+
+class Recipe(_Section):
+    """What is done: portable, hashed, saved beside the weights."""
+
+    model: ModelSection = ModelSection()
+    prompts: PromptsSection = PromptsSection()
+    fit: FitSection = FitSection()
+    edit: EditSection = EditSection()
+    eval: EvalSection = EvalSection()
+    export: ExportSection = ExportSection()
+    seed: int = 0
+
+    def hash(self) -> str:
+        """Return the first 16 hex digits of the SHA-256 of the recipe's canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _batch(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+class Machine(_Section):
+    """How it is run: never changes what is computed beyond rounding."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the checkpoint's own."""
+    batch_size: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_batch)] = "auto"
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return every key of a section tree in dotted form, schedules by their own keys."""
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += keys(kind, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    for part in ("attention", "mlp") if section is EditSection else ():
+        found += [f"{prefix}{part}.{key}" for key in ("kind", "weight", "values", *NormalKernel.model_fields) if key != "kind"]
+        found.append(f"{prefix}{part}.kind")
+    return found
+
+
+def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> UsageError:
+    """Turn pydantic's first complaint into one line with the nearest valid key."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in path if part not in {"normal", "tent", "band", "constant", "list"})
+    if first["type"] == "extra_forbidden":
+        valid = keys(root)
+        siblings = [k for k in valid if k.rpartition(".")[0] == key.rpartition(".")[0]] or valid
+        return UsageError(f"unknown key '{key}'", where=where, valid=", ".join(siblings), hint=nearest(key, valid))
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return UsageError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}{shown}", where=where)
+
+
+def build(root: type[S], data: Mapping[str, Any], where: str) -> S:
+    """Validate a mapping as `root`, or raise one line that names `where` and the key.
+
+    Raises:
+        UsageError: an unknown key or a value out of range.
+    """
+    try:
+        return root.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, where, root) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: no such file, or no TOML; says the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such file", where=str(path), hint="perpend config init -o recipe.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"not valid TOML: {error}", where=str(path)) from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _value(text: str) -> Any:
+    """Read the right-hand side of `key=value` as TOML; what is not TOML is a plain string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def assign(data: dict[str, Any], assignments: Iterable[str], where: str = "--set") -> dict[str, Any]:
+    """Return `data` with `section.key=value` assignments laid over it.
+
+    Raises:
+        UsageError: an assignment without `=`, or one that goes through a value.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(data))
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign or not key.strip():
+            raise UsageError(f"'{assignment}' is not key=value", where=where, hint="--set edit.mlp.peak_weight=0.8")
+        *path, leaf = key.strip().split(".")
+        node = result
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"'{key}' goes through a value", where=where)
+        node[leaf] = _value(text.strip())
+    return result
+
+
+def defaults_filled(data: dict[str, Any]) -> dict[str, Any]:
+    """Name the default schedule where a schedule table gives keys but no kind."""
+    for part in ("attention", "mlp"):
+        table = data.get("edit", {}).get(part) if isinstance(data.get("edit"), dict) else None
+        if isinstance(table, dict) and "kind" not in table:
+            table["kind"] = "normal"
+    return data
+
+
+def load(path: Path | None = None, assignments: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
+    """Build a recipe from defaults, then `base`, then a file, then `key=value` assignments, later ones winning.
+
+    Args:
+        path: A TOML file with the recipe's sections; a `[result]` table, written beside exported weights, is ignored.
+        assignments: Such as `edit.mlp.peak_weight=0.8`.
+        base: Sections to start from, such as what the command's own flags say.
+
+    Raises:
+        UsageError: names the file or flag, the key and the nearest valid key.
+    """
+    data: dict[str, Any] = read_toml(path) if path else {}
+    data.pop("result", None)
+    if path:  # so that an error in the file is not blamed on a flag
+        build(Recipe, defaults_filled(data), str(path))
+    for section, values in (base or {}).items():
+        if isinstance(values, Mapping):
+            data.setdefault(section, {}).update(values)
+        else:
+            data[section] = values
+    data = assign(data, assignments)
+    return build(Recipe, defaults_filled(data), "--set" if assignments else "recipe")
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """Write nested mappings as TOML; None values are left out, since TOML has no null."""
+    lines: list[str] = []
+    tables: list[tuple[str, Mapping[str, Any]]] = [("", data)]
+    while tables:
+        name, table = tables.pop(0)
+        plain = {k: v for k, v in table.items() if not isinstance(v, Mapping) and v is not None}
+        if name and plain:
+            lines += ["", f"[{name}]"]
+        lines += [f"{k} = {_toml(v)}" for k, v in plain.items()]
+        inner = [(f"{name}.{k}" if name else k, v) for k, v in table.items() if isinstance(v, Mapping)]
+        tables = inner + tables
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

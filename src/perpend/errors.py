@@ -1,0 +1,67 @@
+"""The errors a user can meet: one line each, with what to do next.
+
+Every error says what is wrong, where it came from, what would have been valid, and what to type next. The command
+line prints that one line and exits with `exit_code`; the traceback appears only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PerpendError(Exception):
+    """Base of all errors that Perpend raises on purpose.
+
+    Attributes:
+        what: What is wrong, a clause without a full stop.
+        where: Where it came from: a file, a key, a flag, a module name.
+        valid: What would have been accepted.
+        hint: What to type next.
+        exit_code: Exit status of the command line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", valid: str = "", hint: str = "") -> None:
+        self.what, self.where, self.valid, self.hint = what, where, valid, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        line += f"; valid: {self.valid}" if self.valid else ""
+        line += f"; try: {self.hint}" if self.hint else ""
+        return " ".join(line.split())
+
+
+class UsageError(PerpendError):
+    """The request cannot be carried out as typed: flags, configuration, prompts, model reference, output folder."""
+
+    exit_code = 2
+
+
+class RunFailed(PerpendError):
+    """The request was fine and the work failed: non-finite weights, out of memory, a broken file met half-way."""
+
+
+class GateFailed(RunFailed):
+    """The exported file is not the edit that was asked for; the output stays as `.partial` for inspection."""
+
+
+class MissingExtra(UsageError):
+    """An optional package is needed: says what it is for and the line that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}", hint=f'pip install "perpend[{extra}]"')
+
+
+class Interrupted(PerpendError):
+    """Ctrl-C: says what was kept and how to go on."""
+
+    exit_code = 130
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return `did you mean 'x'?` for the closest of `valid`, or an empty string when nothing is close."""
+    match = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else ""
