@@ -1,0 +1,243 @@
+"""Pico models: one tiny random model per family, built offline, with a real tokenizer and a chat template.
+
+`build(family)` gives a model in memory; `save(family, folder)` writes a complete checkpoint (weights, configuration,
+tokenizer, chat template, generation settings and, for families that see, a processor). Weights are float32, seeded,
+and large enough that logits are far from uniform; norms and biases are random too, so that no gain is one by accident.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+HIDDEN = 32
+LAYERS = 3
+VOCAB = 384
+PAD, EOS, BOS = 0, 1, 2
+SPECIAL = (
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+)
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] -%}
+{%- set prefix = system + '\n\n' -%}
+{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set prefix = '' -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}
+{%- if message['content'] is string -%}
+{{ message['content'] | trim }}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}
+{{ '<start_of_image>' }}
+{%- elif item['type'] == 'text' -%}
+{{ item['text'] | trim }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<start_of_turn>model\n' }}
+{%- endif -%}
+"""
+
+CORPUS = (
+    "Explain how to bake a loaf of bread with flour, water, salt and yeast.",
+    "I'm sorry, but I can't help with that request. I cannot assist with anything that could cause harm.",
+    "Sure, here is a step by step guide: first, gather the things that you need; then follow the instructions.",
+    "Write a short story about a fox that learns to read, and tell me what it means for the village.",
+    "What is the capital of France? The capital of France is Paris, a city on the river Seine.",
+    "How do I sort a list of numbers in Python? Use the sorted function, or the sort method of the list.",
+)
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": BOS,
+}
+_GEMMA: dict[str, Any] = {**_COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
+_GEMMA3_TEXT: dict[str, Any] = {
+    **_GEMMA,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_SEES: dict[str, Any] = {
+    "boi_token_index": SPECIAL.index("<start_of_image>"),
+    "eoi_token_index": SPECIAL.index("<end_of_image>"),
+    "image_token_index": SPECIAL.index("<image_soft_token>"),
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": BOS,
+}
+
+# family -> (model_type of its configuration, keyword arguments)
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _COMMON),
+    "qwen2": ("qwen2", _COMMON),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", _GEMMA3_TEXT),
+    "gemma3": (
+        "gemma3",
+        {
+            **_SEES,
+            "text_config": _GEMMA3_TEXT,
+            "vision_config": {
+                "hidden_size": HIDDEN,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": ("mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**_COMMON, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": 4,
+            "n_positions": 512,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": BOS,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", {**_COMMON, "use_parallel_residual": True}),
+    "olmo2": ("olmo2", _COMMON),
+    "phi3": ("phi3", {**_COMMON, "original_max_position_embeddings": 512}),
+}
+
+FAMILIES = tuple(_FAMILIES)
+SEEING = ("gemma3",)
+
+
+def config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """Return the family's pico configuration; overrides go to the text part of a model that sees."""
+    model_type, values = _FAMILIES[family]
+    if "text_config" in values:
+        values = {**values, "text_config": {**values["text_config"], **overrides}}
+    else:
+        values = {**values, **overrides}
+    return AutoConfig.for_model(model_type, **values)
+
+
+def build(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
+    """Return a float32 pico model in evaluation mode; the same seed gives the same weights."""
+    auto = AutoModelForImageTextToText if family in SEEING else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config(family, **overrides), dtype=torch.float32)
+        randomise(model, seed)
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    return model.eval()
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Overwrite matrices by normal noise and shift vectors, so that logits and norm gains are far from trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * 0.3)
+            else:
+                parameter.add_(noise * 0.2)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of VOCAB tokens; `add_special_tokens` puts a <bos> in front, as Gemma's does."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
+    )
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        padding_side="left",
+        model_max_length=512,
+    )
+    result.chat_template = CHAT_TEMPLATE
+    return result
+
+
+def _processor() -> Any:
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    return Gemma3Processor(images, tokenizer(), chat_template=CHAT_TEMPLATE, image_seq_length=4)
+
+
+def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
+    """Write a complete checkpoint of the family into `folder`.
+
+    Args:
+        family: One of FAMILIES.
+        folder: Where to write; made when missing.
+        seed: Of the weights.
+        dtype: Of the saved weights.
+        kwargs: For `save_pretrained`, such as max_shard_size="40KB" for a sharded checkpoint.
+    """
+    build(family, seed=seed).to(dtype).save_pretrained(folder, **kwargs)
+    (_processor() if family in SEEING else tokenizer()).save_pretrained(folder)
+    return folder
