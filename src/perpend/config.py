@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from perpend.core.kinds import Method as Method
+from perpend.core.kinds import Mode as Mode
 from perpend.core.schedule import Length, NormalKernel, Schedule
 from perpend.errors import UsageError, nearest
 
 S = TypeVar("S", bound=BaseModel)
 
-Method = Literal["mean", "projected", "biprojected"]
-Mode = Literal["plain", "column", "row"]
 Strategy = Literal["accumulate", "iterative"]
 
 METHODS: dict[str, str] = {

@@ -85,6 +85,7 @@ class NormalKernel(_Peaked):
     kind: Literal["normal"] = "normal"
 
     def weights(self, n_layers: int) -> list[float]:
+        """Return λ of every layer: the normal kernel."""
         return self._shaped(n_layers, lambda z: math.exp(-z * z / 2))
 
 
@@ -94,6 +95,7 @@ class Tent(_Peaked):
     kind: Literal["tent"] = "tent"
 
     def weights(self, n_layers: int) -> list[float]:
+        """Return λ of every layer: a tent."""
         return self._shaped(n_layers, lambda z: max(0.0, 1 - abs(z)))
 
 
@@ -103,6 +105,7 @@ class Band(_Peaked):
     kind: Literal["band"] = "band"
 
     def weights(self, n_layers: int) -> list[float]:
+        """Return λ of every layer: the peak weight in the band, else 0."""
         return self._shaped(n_layers, lambda z: float(abs(z) <= 1))
 
 
@@ -113,6 +116,7 @@ class Constant(_Schedule):
     weight: FiniteFloat = 1.0
 
     def weights(self, n_layers: int) -> list[float]:
+        """Return λ of every layer: all the same."""
         return [self.weight] * n_layers
 
 
@@ -123,6 +127,11 @@ class PerLayer(_Schedule):
     values: tuple[FiniteFloat, ...]
 
     def weights(self, n_layers: int) -> list[float]:
+        """Return λ of every layer as written out.
+
+        Raises:
+            ValueError: the list has another length than the model has layers.
+        """
         if len(self.values) != n_layers:
             raise ValueError(f"the list has {len(self.values)} weight factors and the model {n_layers} layers")
         return list(self.values)
@@ -131,5 +140,11 @@ class PerLayer(_Schedule):
 Schedule = Annotated[NormalKernel | Tent | Band | Constant | PerLayer, Field(discriminator="kind")]
 """Any schedule; told apart by `kind`: normal, tent, band, constant, list."""
 
-KINDS: dict[str, type[_Schedule]] = {"normal": NormalKernel, "tent": Tent, "band": Band, "constant": Constant, "list": PerLayer}
+KINDS: dict[str, type[_Schedule]] = {
+    "normal": NormalKernel,
+    "tent": Tent,
+    "band": Band,
+    "constant": Constant,
+    "list": PerLayer,
+}
 """The schedules by the name that configuration uses."""
