@@ -150,13 +150,136 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_COMMON, "original_max_position_embeddings": 512}),
 }
 
+# Families beyond the usual ones: further kinds of writers, layouts and layers.
+_LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_EXOTIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("qwen2_moe", {**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 24}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_COMMON, "head_dim": 8, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "llama4_text": (
+        "llama4_text",
+        {
+            **_COMMON,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        {**_COMMON, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {**_COMMON, **_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_COMMON,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 24,
+            "residual_multiplier": 0.3,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", {**_COMMON, **_MAMBA, "mamba_d_ssm": 64, "head_dim": 8}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **_COMMON,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            **_COMMON,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+        },
+    ),
+    "gemma4_moe": (
+        "gemma4_text",
+        {
+            **_COMMON,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "cohere2": ("cohere2", {**_COMMON, "head_dim": 8, "logit_scale": 1.0}),
+    "mamba2": (
+        "mamba2",
+        {**_COMMON, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2},
+    ),
+    "opt": ("opt", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+}
+
 FAMILIES = tuple(_FAMILIES)
+EXOTIC = tuple(_EXOTIC)
 SEEING = ("gemma3",)
 
 
 def config(family: str, **overrides: Any) -> PreTrainedConfig:
     """Return the family's pico configuration; overrides go to the text part of a model that sees."""
-    model_type, values = _FAMILIES[family]
+    model_type, values = (_FAMILIES | _EXOTIC)[family]
     if "text_config" in values:
         values = {**values, "text_config": {**values["text_config"], **overrides}}
     else:
@@ -232,7 +355,7 @@ def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch
     """Write a complete checkpoint of the family into `folder`.
 
     Args:
-        family: One of FAMILIES.
+        family: One of FAMILIES or EXOTIC.
         folder: Where to write; made when missing.
         seed: Of the weights.
         dtype: Of the saved weights.

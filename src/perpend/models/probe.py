@@ -1,18 +1,14 @@
-"""What a model does with four tokens: which modules write to the residual stream, seen by behaviour.
+"""What writes to the residual stream, seen by behaviour: no table of model names, no guess by shape.
 
-No table of model names, no guess by shape. The decoder layers are the list of modules that run one after the other,
-each on the output of the one before. Inside a layer, the output of *every* module that owns a matrix is cut out of the
-computation graph and put back as a constant of the same value. What still reaches the layer's output directly is a
-writer: nothing but sums, scalars and norms lies between it and the residual stream. One forward and one backward pass
-through the layer find all writers at once, and say whether they account for everything that the layer writes.
+Inside a decoder layer, the output of *every* module that owns a matrix is cut out of the computation graph and put
+back as a constant of the same value. What still reaches the layer's output directly is a writer: nothing but sums,
+scalars and norms lies between it and the residual stream. One forward and one backward pass through the layer find all
+writers at once, and say whether they account for everything that the layer writes.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,55 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from perpend.errors import UsageError
+from perpend.models.orient import orient
+from perpend.models.sequence import TOKENS, Call, decoder_layers, hooked, in_memory, is_float, stream
 
-TOKENS = 4
-"""Length of the probe sequence."""
 TOLERANCE = 0.05
 """Relative remainder below which a gradient counts as a multiple of the one that was sent in; generous for bfloat16."""
-_MARKED = 1
-"""Hidden channel marked when an axis is identified."""
-
-
-@dataclass
-class Call:
-    """One recorded call of a module: arguments, and where among them the residual stream is."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-    order: int = 0
-
-    @property
-    def output_device(self) -> torch.device:
-        """Where the residual that leaves is."""
-        out = stream(self.output)
-        return torch.device("cpu") if out is None else out.device
-
-    def stream_key(self) -> int | str | None:
-        """Position or name of the argument that carries the residual: the first float tensor of the output's shape."""
-        out = stream(self.output)
-        for key, value in [*enumerate(self.args), *self.kwargs.items()]:
-            if _is_float(value) and out is not None and value.shape == out.shape:
-                return key
-        return None
-
-    def stream_in(self) -> Tensor | None:
-        """The residual that enters, `[..., T, d]`, or None when no argument has the shape of the output."""
-        key = self.stream_key()
-        return None if key is None else (self.args[key] if isinstance(key, int) else self.kwargs[key])
-
-    def run(self, module: nn.Module, entering: Tensor) -> Tensor:
-        """Call the module again with another residual and return the residual that leaves it."""
-        key = self.stream_key()
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(key, int):
-            args[key] = entering
-        elif key is not None:
-            kwargs[key] = entering
-        left = stream(module(*args, **kwargs))
-        if left is None:
-            raise UsageError("a decoder layer returns no tensor", where=type(module).__name__)
-        return left
 
 
 @dataclass(frozen=True)
@@ -103,135 +55,15 @@ class LayerReport:
     unmatched: list[Unmatched] = field(default_factory=list)
 
 
-def stream(value: Any) -> Tensor | None:
-    """Return the residual in a layer's output: the tensor itself, or the first float tensor of a tuple."""
-    if _is_float(value):
-        return value
-    if isinstance(value, list | tuple):
-        return next((v for v in value if _is_float(v)), None)
-    return None
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
-
-
-# ---------------------------------------------------------------------------------------------- the decoder layers
-
-
-def probe_tokens(model: nn.Module) -> Tensor:
-    """Return `[1, 4]` int64 token ids that are no special tokens of the configuration, on the model's device."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    special: set[int] = set()
-    for part in (config, text):
-        for name, value in (vars(part) if part is not None else {}).items():
-            if "token" in name:
-                special |= {v for v in (value if isinstance(value, list) else [value]) if type(v) is int}
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    vocabulary = getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 64)
-    ids = [i for i in range(vocabulary // 5, vocabulary) if i not in special] or [0]
-    step = max(1, len(ids) // (TOKENS + 1))
-    real = [p.device for p in model.parameters() if p.device.type != "meta"]
-    device = real[0] if real else torch.device("meta")
-    return torch.tensor([[ids[(k * step) % len(ids)] for k in range(TOKENS)]], device=device)
-
-
-def forward(model: nn.Module) -> None:
-    """Run the model once on the probe tokens, without a cache.
-
-    Raises:
-        UsageError: the model cannot be run on text alone.
-    """
-    ids = probe_tokens(model)
-    accepted = inspect.signature(model.forward).parameters.values()
-    cached = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in accepted)
-    try:
-        with torch.no_grad():
-            model(ids, **({"use_cache": False} if cached else {}))
-    except Exception as error:
-        raise UsageError(
-            f"a forward pass over {TOKENS} tokens failed ({type(error).__name__}: {error})",
-            where=type(model).__name__,
-            hint="name layers and writers by hand in [edit.overrides]",
-        ) from error
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, list[Call]]:
-    """Find the list of decoder layers by running the model on text.
-
-    Returns:
-        The path of the ModuleList, and the recorded call of each of its items in order. A vision or audio tower does
-        not run on text and is therefore never found.
-
-    Raises:
-        UsageError: no list of modules runs in sequence; names the architecture.
-    """
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
-    calls: dict[int, list[Call]] = {}
-    clock = iter(range(1 << 62))
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        held = tuple(a.detach().clone() if _is_float(a) else a for a in args)
-        calls.setdefault(id(module), []).append(Call(held, dict(kwargs), order=next(clock)))
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls[id(module)][-1].output = output
-
-    items = {id(item): item for modules in lists.values() for item in modules}
-    with hooked() as hold:
-        for item in items.values():
-            hold(item.register_forward_pre_hook(before, with_kwargs=True))
-            hold(item.register_forward_hook(after, with_kwargs=True))
-        forward(model)
-
-    sequences = {name: run for name, modules in lists.items() if (run := _sequence(modules, calls))}
-    outer = [n for n in sequences if not any(n.startswith(other + ".") for other in sequences if other != n)]
-    if not outer:
-        raise UsageError(
-            "no list of decoder layers that run one after the other was found",
-            where=type(model).__name__,
-            valid="the path of a ModuleList: " + ", ".join(list(lists)[:8]),
-            hint='edit.overrides.layers = "model.layers"',
-        )
-    best = max(outer, key=lambda name: len(sequences[name]))
-    return best, sequences[best]
-
-
-def _sequence(modules: nn.ModuleList, calls: Mapping[int, list[Call]]) -> list[Call] | None:
-    """Return the calls of a list's items when each ran once, in order, on what the one before it returned."""
-    run: list[Call] = []
-    for module in modules:
-        own = calls.get(id(module), [])
-        if len(own) != 1 or own[0].stream_key() is None or (run and own[0].order < run[-1].order):
-            return None
-        run.append(own[0])
-    linked = [_same(stream(a.output), b.stream_in()) for a, b in zip(run, run[1:], strict=False)]
-    return run if not linked or sum(linked) * 2 > len(linked) else None
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.shape != b.shape:
-        return False
-    return a.device.type == "meta" or torch.equal(a, b.to(a.device))
-
-
-@contextmanager
-def hooked() -> Iterator[Callable[[Any], None]]:
-    """Yield a function that takes hook handles; all of them are removed on leaving."""
-    handles: list[Any] = []
-    try:
-        yield handles.append
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def probe_model(model: nn.Module) -> tuple[str, int, list[LayerReport]]:
+def probe_model(model: nn.Module, layers: str | None = None) -> tuple[str, int, list[LayerReport]]:
     """Find the decoder layers of a model and what writes in each.
 
-    The model is left as it was: nothing is trained, cached, moved or overwritten. A model on the meta device is probed
-    layer by layer with random weights of its shapes.
+    The model is left as it was: nothing is trained, cached, moved or overwritten. For a model on the meta device a
+    stand-in with random weights is probed.
+
+    Args:
+        model: The model.
+        layers: Path of the list of decoder layers, to be found when None.
 
     Returns:
         Path of the layer list, hidden size, and one report per layer.
@@ -239,24 +71,16 @@ def probe_model(model: nn.Module) -> tuple[str, int, list[LayerReport]]:
     Raises:
         UsageError: the model cannot be run on text, or has no layers that run in sequence.
     """
+    model = in_memory(model)
     training = model.training
     model.eval()
     try:
-        path, calls = decoder_layers(model)
-        layers = list(model.get_submodule(path).children())
-        reports: list[LayerReport] = []
-        known: dict[Any, LayerReport] = {}
-        for layer, call in zip(layers, calls, strict=True):
-            if call.output_device.type != "meta":
-                reports.append(probe_layer(layer, call))
-                continue
-            kind = (type(layer), tuple((n, p.shape) for n, p in layer.named_parameters()))
-            if kind not in known:
-                known[kind] = probe_layer(*_imagined(layer, call))
-            reports.append(known[kind])
+        path, calls = decoder_layers(model, layers)
+        modules = list(model.get_submodule(path).children())
+        reports = [probe_layer(module, call) for module, call in zip(modules, calls, strict=True)]
     finally:
         model.train(training)
-    return path, stream(calls[0].output).shape[-1], _agreed(layers, reports)
+    return path, calls[0].left().shape[-1], _agreed(modules, reports)
 
 
 def _agreed(layers: Sequence[nn.Module], reports: Sequence[LayerReport]) -> list[LayerReport]:
@@ -284,40 +108,6 @@ def _agreed(layers: Sequence[nn.Module], reports: Sequence[LayerReport]) -> list
         )
         for layer, report in zip(layers, reports, strict=True)
     ]
-
-
-def _imagined(layer: nn.Module, call: Call) -> tuple[nn.Module, Call]:
-    """Return a copy of a meta layer with random weights on the CPU, all experts alike, and a call that fits it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def real(value: Any, name: str = "") -> Any:
-        if isinstance(value, Tensor):
-            shape = (1, *value.shape[1:]) if name == "matrix" and value.dim() == 3 else value.shape
-            if value.is_floating_point():
-                noise = torch.randn(shape, generator=generator) * (0.1 if name else 1) + (name == "vector")
-                return noise.to(value.dtype).expand(value.shape)
-            if value.dtype is torch.bool:
-                return torch.ones(value.shape, dtype=torch.bool).tril()
-            return (
-                torch.arange(value.shape[-1], dtype=value.dtype).expand(value.shape)
-                if value.dim()
-                else value.new_zeros((), device="cpu")
-            )
-        if isinstance(value, tuple | list):
-            return type(value)(real(item) for item in value)
-        return {k: real(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    copy = deepcopy(layer)
-    for module in copy.modules():
-        for store in (module._parameters, module._buffers):
-            for name, value in store.items():
-                if value is not None:
-                    tensor = real(value.detach(), "matrix" if value.dim() >= 2 else "vector")
-                    store[name] = nn.Parameter(tensor) if store is module._parameters else tensor
-    return copy, Call(real(call.args), real(call.kwargs), real(call.output))
-
-
-# ------------------------------------------------------------------------------------------------ inside one layer
 
 
 def _owns_matrix(module: nn.Module) -> bool:
@@ -348,11 +138,8 @@ class _Cut:
         self.entered: dict[str, Tensor] = {}
         self.passed: dict[str, Tensor] = {}
         self.inputs: dict[str, Call] = {}
-        entering = call.stream_in()
-        if entering is None:
-            raise UsageError("the residual stream was not found among a layer's arguments", where=type(layer).__name__)
         with torch.enable_grad(), hooked() as hold:
-            self.x = entering.detach().clone().requires_grad_()
+            self.x = call.entered().detach().clone().requires_grad_()
             for path, module in cut.items():
                 hold(module.register_forward_hook(self._cutter(path), with_kwargs=True))
             for path, module in watch.items():
@@ -371,7 +158,7 @@ class _Cut:
 
     def _replace(self, path: str, output: Any) -> Any:
         if isinstance(output, tuple | list):
-            return type(output)(self._replace(path, item) for item in output)
+            return type(output)([self._replace(path, item) for item in output])
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         leaf = output.detach().clone().requires_grad_()
@@ -384,7 +171,7 @@ class _Cut:
                 return output
             self.inputs.setdefault(path, Call(_detached(args), _detached(kwargs), output.detach()))
             self.passed[path] = output
-            if args and _is_float(args[0]):
+            if args and is_float(args[0]):
                 self.entered[path] = args[0]
             return output.clone()
 
@@ -403,7 +190,7 @@ class _Cut:
 
     def is_multiple(self, gradient: Tensor | None) -> bool:
         """Whether every row of a gradient is a combination of the rows sent in: sums and scalars, nothing else."""
-        if gradient is None or gradient.device.type == "meta":
+        if gradient is None:
             return True
         rows = gradient.detach().reshape(-1, gradient.shape[-1]).double().cpu()
         basis = torch.linalg.qr(self.sent.reshape(-1, self.sent.shape[-1]).double().cpu().T).Q
@@ -415,7 +202,7 @@ def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, tuple | list):
-        return type(value)(_detached(item) for item in value)
+        return type(value)([_detached(item) for item in value])
     return {k: _detached(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -472,7 +259,7 @@ def probe_layer(layer: nn.Module, call: Call) -> LayerReport:
 
 
 def _norms_after(cut: _Cut, leaf: Tensor, watch: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Return the norms between a constant and the residual: they see it, reach the output, and do not see the residual."""
+    """Return the norms between a constant and the residual: those that see the one and not yet the other."""
     chain = [
         path
         for path, output in cut.passed.items()
@@ -496,11 +283,9 @@ def _joins_normed_stream(cut: _Cut, value: Tensor, watch: Mapping[str, nn.Module
 
 
 def is_norm(module: nn.Module, call: Call) -> bool:
-    """Whether a module's output stays the same when its input is doubled; on the meta device, whether it has a gain."""
-    if not call.args or not _is_float(call.args[0]):
+    """Whether a module's output stays the same when its input is doubled."""
+    if not call.args or not is_float(call.args[0]):
         return False
-    if call.args[0].device.type == "meta":
-        return any(p.dim() == 1 for p in module.parameters()) or "norm" in type(module).__name__.lower()
     with torch.no_grad():
         once = stream(module(*call.args, **call.kwargs))
         twice = stream(module(2 * call.args[0], *call.args[1:], **call.kwargs))
@@ -513,7 +298,7 @@ def is_norm(module: nn.Module, call: Call) -> bool:
 def _explained(
     layer: nn.Module, call: Call, cut: _Cut, owners: Mapping[str, nn.Module], watch: Mapping[str, nn.Module]
 ) -> bool:
-    """Whether the layer's output is its input (scaled, or normed as a whole) plus constants, once all writers are cut."""
+    """Whether, once all writers are cut, the output is the input (scaled, or normed as a whole) plus constants."""
     gradient = cut.gradients(cut.out, [cut.x], cut.sent)[0]
     if gradient is not None and cut.is_multiple(gradient):
         return True
@@ -538,7 +323,7 @@ def _leaks_tokens(cut: _Cut) -> bool:
 
 
 def _expert_lists(layer: nn.Module, cut: _Cut, writers: Iterable[str]) -> dict[str, list[str]]:
-    """Group writers that are one and the same module of every item of a list: experts, whether the probe hit them or not.
+    """Group writers that are the same module of every item of a list: experts, whether the probe hit them or not.
 
     Returns:
         Path of the first writer of a group -> paths of the whole group.
@@ -576,9 +361,7 @@ def _mixing(
     The share of a writer's output rows that change is 1 / T for one that works token by token, and larger for
     attention, convolutions and state spaces. Rows are compared as a set, since routing may reorder those of experts.
     """
-    entering = call.stream_in()
-    if entering is None:
-        return dict.fromkeys(modules, False)
+    entering = call.entered()
     changed = entering.clone()
     changed[..., 0, :] = entering[..., 0, :].flip(-1)
     rows = [_rows_written(layer, call, modules, x) for x in (entering, changed)]
@@ -609,75 +392,3 @@ def _rows_written(layer: nn.Module, call: Call, modules: Mapping[str, nn.Module]
             hold(module.register_forward_hook(silencer(path)))
         call.run(layer, x.clone())
     return rows
-
-
-# ----------------------------------------------------------------------------------------------- the axis by role
-
-
-def orient(module: nn.Module, call: Call, width: int) -> tuple[str, str | None, int]:
-    """Find the last matrix that a module applies, its bias, and the axis of the matrix that is the residual's.
-
-    A `torch.nn.Linear` says so itself. Any other module is called with a marked matrix: zero but for one hidden
-    channel. The axis is right when exactly that channel of the output answers, in proportion to the mark.
-
-    Args:
-        module: A writer.
-        call: A recorded call of it.
-        width: Hidden size.
-
-    Returns:
-        Name of the matrix, name of the bias or None, and axis.
-
-    Raises:
-        UsageError: no matrix, or more than one, behaves so.
-    """
-    if isinstance(module, nn.Linear):
-        return "weight", "bias" if module.bias is not None else None, 0
-    parameters = dict(module.named_parameters(recurse=False))
-    if any(p.device.type == "meta" for p in parameters.values()):
-        return _declared(module)
-    hits = [
-        (name, axis)
-        for name, p in parameters.items()
-        if p.is_floating_point()
-        for axis in range(max(0, p.dim() - 2), p.dim())
-        if p.shape[axis] == width and _answers(module, call, name, axis)
-    ]
-    depth = max((parameters[name].dim() for name, _ in hits), default=0)
-    matrices = [(name, axis) for name, axis in hits if parameters[name].dim() == depth >= 2]
-    if len(matrices) != 1:
-        many = "more than one matrix writes" if matrices else "no matrix found that it applies last"
-        raise UsageError(f"{type(module).__name__}: {many}")
-    bias = [name for name, _ in hits if parameters[name].dim() == depth - 1]
-    return matrices[0][0], bias[0] if bias else None, matrices[0][1]
-
-
-def _answers(module: nn.Module, call: Call, name: str, axis: int) -> bool:
-    """Whether marking one channel of a parameter along `axis` moves that channel of the output and no other."""
-    parameter = module.get_parameter(name)
-    shape = [1 if parameter.dim() == 3 and k == 0 else n for k, n in enumerate(parameter.shape)]
-    mark = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    mark.select(axis, _MARKED).fill_(1)
-    with torch.no_grad():
-        none, once, twice = (_written(module, call, name, (mark * k).expand(parameter.shape)) for k in (0, 1, 2))
-    move = (once - none).abs().amax(0)
-    others = torch.cat([move[:_MARKED], move[_MARKED + 1 :]])
-    alone = bool(move[_MARKED] > 0) and bool(others.max() <= 1e-3 * move[_MARKED])
-    return alone and bool(((twice - none) - 2 * (once - none)).abs().max() <= TOLERANCE * move[_MARKED])
-
-
-def _written(module: nn.Module, call: Call, name: str, value: Tensor) -> Tensor:
-    output = torch.func.functional_call(module, {name: value}, call.args, call.kwargs)
-    return stream(output).double().reshape(-1, output.shape[-1])
-
-
-def _declared(module: nn.Module) -> tuple[str, str | None, int]:
-    """The orientation of a module whose weights are not in memory, as far as its class declares it."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return "weight", "bias", 1
-    transposed = getattr(module, "is_transposed", None)
-    if transposed is None or not hasattr(module, "down_proj"):
-        raise UsageError(f"{type(module).__name__}: weights not in memory and layout not declared")
-    return "down_proj", "down_proj_bias" if getattr(module, "has_bias", False) else None, 2 if transposed else 1
