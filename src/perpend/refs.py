@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Literal
 
 from perpend.errors import UsageError, nearest
+from perpend.progress import note
 
 ModelKind = Literal["hub", "dir", "gguf"]
 DataKind = Literal["builtin", "file", "hub"]
 
 BUILTIN = ("target", "baseline")
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-OPTIONS = ("split", "column", "image", "topic", "config")
+OPTIONS = ("split", "column", "image", "config")
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+_MODEL_FORMS = "org/name, org/name@revision, a directory, a .gguf file"
+_DATA_FORMS = "perpend:target, FILE#column=text, hub/id@revision#split=train[:400],column=text"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICENSE*")
+_NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,19 @@ class Resolved:
     revision: str | None = None
     gguf_file: str | None = None
 
+    def __str__(self) -> str:
+        return str(self.path / self.gguf_file if self.gguf_file else self.path)
+
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Which model: `name` is a hub id or a path; `str()` prints what was parsed."""
+    """Which model.
+
+    Attributes:
+        kind: hub, dir or gguf.
+        name: Hub id or path, as it was typed.
+        revision: Branch, tag or commit on the hub.
+    """
 
     kind: ModelKind
     name: str
@@ -55,23 +69,19 @@ class ModelRef:
         """
         given = text.strip()
         if not given:
-            raise UsageError("no model given", valid="org/name, org/name@revision, a directory, a .gguf file")
+            raise UsageError("no model given", valid=_MODEL_FORMS)
         path = Path(given).expanduser()
         if path.is_dir():
             return cls("dir", given)
-        if given.lower().endswith(".gguf"):
-            if not path.is_file():
-                raise UsageError("no such file", where=given)
+        if path.is_file() and given.lower().endswith(".gguf"):
             return cls("gguf", given)
-        if path.is_file():
-            raise UsageError("a file, but not a GGUF file", where=given, valid="a directory or a .gguf file")
+        if path.exists():
+            raise UsageError("neither a directory nor a GGUF file", where=given)
         name, sign, revision = given.partition("@")
-        if given.startswith((".", "/", "~")) or (given.count("/") > 1 and not sign):
-            raise UsageError("no such directory", where=given)
+        if given.lower().endswith(".gguf") or given.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UsageError("no such file or directory", where=given)
         if not _HUB_ID.fullmatch(name) or (sign and not revision):
-            raise UsageError(
-                f"'{given}' is no model reference", valid="org/name, org/name@revision, a directory, a .gguf file"
-            )
+            raise UsageError(f"'{given}' is no model reference", valid=_MODEL_FORMS)
         return cls("hub", name, revision or None)
 
     def __str__(self) -> str:
@@ -83,15 +93,14 @@ class ModelRef:
         Raises:
             UsageError: no such repository or revision, no access, or not in the cache while offline.
         """
-        if self.kind == "hub":
-            return _snapshot(self.name, self.revision)
         path = Path(self.name).expanduser().resolve()
         if self.kind == "gguf":
             return Resolved(path.parent, gguf_file=path.name)
-        return Resolved(path)
+        return _snapshot(self.name, self.revision) if self.kind == "hub" else Resolved(path)
 
 
 def _snapshot(name: str, revision: str | None) -> Resolved:
+    """Return the files of a hub repository, from the cache where they are complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -100,10 +109,20 @@ def _snapshot(name: str, revision: str | None) -> Resolved:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     where = f"{name}@{revision}" if revision else name
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    note(f"fetching {where} where the local cache lacks it")
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(_MODEL_FILES)))
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(_MODEL_FILES), ignore_patterns=list(_NOT_NEEDED)
+        )
     except GatedRepoError:
         raise UsageError("access to this repository must be granted first", where=where, hint="hf auth login") from None
     except RevisionNotFoundError:
@@ -111,25 +130,27 @@ def _snapshot(name: str, revision: str | None) -> Resolved:
     except RepositoryNotFoundError:
         raise UsageError("no such repository on the hub, or no access", where=where, hint="hf auth login") from None
     except LocalEntryNotFoundError:
-        raise UsageError("not in the local cache and the hub cannot be reached", where=where) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise UsageError(f"cannot be downloaded: {str(error).splitlines()[0]}", where=where) from None
-    return Resolved(path, revision=path.name)
+        raise UsageError("not in the local cache, and the hub cannot be reached", where=where) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}", where=where) from None
+    finally:
+        if not quiet:
+            enable_progress_bars()
+    return Resolved(Path(found), revision=Path(found).name)
 
 
 @dataclass(frozen=True)
 class DataRef:
-    """Which prompts: `str()` prints what was parsed.
+    """Which prompts.
 
     Attributes:
-        kind: builtin (`perpend:target`), file, or hub.
+        kind: builtin (`perpend:target`), file or hub.
         name: Name after `perpend:`, path, or hub id.
-        revision: Hub revision.
-        split: Hub split with an optional slice, such as `train[:400]`.
-        column: Column that holds the prompt text; None takes `text`, `prompt`, `instruction`, `question` or `goal`.
-        image: Column that holds an image path or URL.
-        topic: Column that holds the topic.
-        config: Hub configuration name.
+        revision: Branch, tag or commit on the hub.
+        split: fit, select or report of a builtin; on the hub a split with an optional slice, such as `train[:400]`.
+        column: Column of the prompt text; None takes the first of `perpend.data.COLUMNS` that is there.
+        image: Column of an image path or URL.
+        config: Configuration of a hub data set.
     """
 
     kind: DataKind
@@ -138,7 +159,6 @@ class DataRef:
     split: str | None = None
     column: str | None = None
     image: str | None = None
-    topic: str | None = None
     config: str | None = None
 
     @classmethod
@@ -152,23 +172,20 @@ class DataRef:
         name, _, tail = given.partition("#")
         options = _options(tail, given)
         if name.startswith("perpend:"):
-            builtin = name.removeprefix("perpend:")
-            if builtin not in BUILTIN:
-                valid = [f"perpend:{b}" for b in BUILTIN]
+            valid = [f"perpend:{known}" for known in BUILTIN]
+            if name not in valid:
                 raise UsageError(f"unknown prompts '{name}'", valid=", ".join(valid), hint=nearest(name, valid))
-            return cls("builtin", builtin, **options)
+            return cls("builtin", name.removeprefix("perpend:"), **options)
+        path = Path(name).expanduser()
         if name.lower().endswith(SUFFIXES):
-            if not Path(name).expanduser().is_file():
+            if not path.is_file():
                 raise UsageError("no such file", where=name)
             return cls("file", name, **options)
-        if Path(name).expanduser().exists():
+        if path.exists():
             raise UsageError("not a prompt file", where=name, valid=", ".join(SUFFIXES))
         hub, sign, revision = name.partition("@")
         if not _HUB_ID.fullmatch(hub) or (sign and not revision):
-            raise UsageError(
-                f"'{given}' is no data reference",
-                valid="perpend:target, FILE#column=text, hub/id@revision#split=train[:400],column=text",
-            )
+            raise UsageError(f"'{given}' is no data reference", valid=_DATA_FORMS)
         return cls("hub", hub, revision or None, **options)
 
     def __str__(self) -> str:
@@ -179,14 +196,15 @@ class DataRef:
 
 
 def _options(tail: str, given: str) -> dict[str, str]:
+    """Read `key=value,key=value`."""
     options: dict[str, str] = {}
     for item in tail.split(",") if tail else ():
-        key, sign, value = item.partition("=")
+        key, _, value = item.partition("=")
         if key not in OPTIONS:
             raise UsageError(
                 f"unknown option '{key}'", where=given, valid=", ".join(OPTIONS), hint=nearest(key, OPTIONS)
             )
-        if not sign or not value:
-            raise UsageError(f"option '{key}' has no value", where=given)
+        if not value or key in options:
+            raise UsageError(f"option '{key}' is given {'twice' if key in options else 'no value'}", where=given)
         options[key] = value
     return options

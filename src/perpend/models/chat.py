@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,34 @@ import torch
 from torch import Tensor
 
 from perpend.data import Prompt
-from perpend.errors import UsageError
+from perpend.errors import MissingExtra, UsageError
 
 Message = Mapping[str, Any]
 
-_SWITCHES = ("enable_thinking", "thinking")
-_OPENED = re.compile(r"<(think|thinking|reasoning)>\s*$")
+SWITCHES = ("enable_thinking", "thinking")
+"""Template variables that turn reasoning off when they are false."""
+
+BLOCKS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+)
+"""How reasoning begins and ends, by family."""
+
+
+def strip_reasoning(text: str) -> str:
+    """Return the answer in `text`: what follows its reasoning, and nothing when the reasoning never ended.
+
+    A block that ends without having begun, because the template began it, goes from the start of the text.
+    """
+    for begin, end in BLOCKS:
+        text = re.sub(f"(?s){re.escape(begin)}.*?{re.escape(end)}", "", text)
+        text = text.rpartition(end)[2].partition(begin)[0]
+    return text.strip()
 
 
 @dataclass(frozen=True)
@@ -25,9 +48,10 @@ class Encoded:
     """A padded batch.
 
     Attributes:
-        inputs: Keyword arguments of the model: `input_ids` and `attention_mask` `[B, T]` int64, and what images need.
-        start: Column after the last prompt token, the same in every row: prompts are padded on the left, continuations
-            on the right.
+        inputs: Keyword arguments of the model, on the CPU: `input_ids` and `attention_mask` `[B, T]` int64, and what
+            images need.
+        start: Column after the last prompt token, the same in every row: prompts are padded on the left,
+            continuations on the right.
     """
 
     inputs: dict[str, Tensor]
@@ -35,74 +59,218 @@ class Encoded:
 
 
 class Chat:
-    """Turns prompts into token ids the way the model was taught to read them."""
+    """Turns prompts into token ids the way the model was taught to read them, and ids into text.
+
+    Reasoning is kept out of what is measured: a template that has a switch for it gets the switch, a template that
+    opens a reasoning block gets the block closed at once, and what a model reasons all the same is not part of its
+    answer. `describe` says which of these happened.
+    """
 
     def __init__(self, tokenizer: Any, processor: Any | None = None, system: str | None = None) -> None:
+        """Read the template.
+
+        Args:
+            tokenizer: Of the model.
+            processor: Of a model that takes images.
+            system: System prompt before every prompt; None leaves it to the template.
+
+        Raises:
+            UsageError: there is no chat template, or it takes no system prompt.
+        """
         self.tokenizer, self.processor, self.system = tokenizer, processor, system
-        self.template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        if not self.template:
-            raise UsageError("the tokenizer has no chat template", hint="an instruction-tuned model")
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        text = self.template if isinstance(self.template, str) else str(self.template)
-        self.switches = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", text)}
-        bos = tokenizer.bos_token_id
-        self.adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+        own = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        if not own:
+            name = getattr(tokenizer, "name_or_path", "")
+            raise UsageError("the tokenizer has no chat template", where=name, hint="an instruction-tuned model")
+        self.template = str(own if isinstance(own, str) else own.get("default", next(iter(own.values()))))
+        self.switches = {name: False for name in SWITCHES if re.search(rf"\b{name}\b", self.template)}
+        self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.bos: int | None = tokenizer.bos_token_id
+        self._adds_bos = self.bos is not None and tokenizer("a").input_ids[:1] == [self.bos]
+        self._special = sorted({t for t in tokenizer.all_special_tokens if t}, key=len, reverse=True)
+        raw = self._render([self.messages(Prompt("a"))])[0]
+        self._closes = _close(raw) != raw
 
     def messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        """Return the conversation that `prompt` opens."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return [*head, {"role": "user", "content": prompt.text}]
-
-    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Return the ids of each conversation up to where the model's answer begins."""
-        texts = self.tokenizer.apply_chat_template(
-            list(conversations), tokenize=False, add_generation_prompt=True, **self.switches
-        )
-        texts = [self._close(text) for text in texts]
-        return [self._one_bos(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        """Return the conversation that a prompt opens, in the form that the template takes."""
+        parts = [{"type": "image"}] if prompt.image else []
+        turns: list[tuple[str, str, list[Any]]] = [("system", self.system, [])] if self.system else []
+        turns.append(("user", prompt.text, parts))
+        if self.processor is None:
+            return [{"role": role, "content": text} for role, text, _ in turns]
+        return [{"role": role, "content": [*images, {"type": "text", "text": text}]} for role, text, images in turns]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the ids of each prompt in its chat template, with exactly one BOS where the model has one."""
-        return self.encode_messages([self.messages(p) for p in prompts]) if prompts else []
+        """Return the ids of each prompt in its template, up to where the model's answer begins.
 
-    def _close(self, text: str) -> str:
-        opened = _OPENED.search(text)
-        return f"{text.rstrip()}\n\n</{opened.group(1)}>\n\n" if opened else text
+        Every list holds exactly one BOS, in front, where the model has one; text that spells a control token, such as
+        `<eos>`, is read as text.
+
+        Raises:
+            UsageError: an image cannot be read, or the model takes none.
+        """
+        plain = [p for p in prompts if p.image is None]
+        ids = iter(self.encode_messages([self.messages(p) for p in plain]))
+        return [self._with_images([p])["input_ids"][0].tolist() if p.image else next(ids) for p in prompts]
+
+    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Return the ids of each conversation, as `encode` does for prompts.
+
+        Args:
+            conversations: Lists of `{"role": ..., "content": ...}`.
+
+        Raises:
+            UsageError: the template refuses the conversation.
+        """
+        if not conversations:
+            return []
+        texts = [_close(text) for text in self._render(conversations)]
+        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        for row, conversation in enumerate(conversations):
+            if any(token in str(m["content"]) for m in conversation for token in self._special):
+                encoded[row] = self._spelled(conversation, encoded[row])
+        return [self._one_bos(ids) for ids in encoded]
+
+    def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        from jinja2 import TemplateError
+
+        try:
+            texts: list[str] = self.tokenizer.apply_chat_template(
+                list(conversations),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.switches,
+            )
+        except TemplateError as error:
+            raise UsageError(f"the chat template refuses the conversation: {error}") from None
+        return texts
+
+    def _spelled(self, conversation: Sequence[Message], plain: list[int]) -> list[int]:
+        """Encode a conversation in which somebody spells a control token; older transformers cannot tell them apart."""
+        if "sanitize_control_tokens" not in inspect.signature(self.tokenizer.apply_chat_template).parameters:
+            return plain
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            list(conversation),
+            chat_template=self.template,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            **self.switches,
+        )["input_ids"]
+        text = str(self.tokenizer.decode(ids))
+        closing = _close(text).removeprefix(text)
+        return ids + self.tokenizer(closing, add_special_tokens=False).input_ids if closing else ids
 
     def _one_bos(self, ids: list[int]) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        if self.adds_bos and ids[:1] != [bos]:
-            return [bos, *ids]
-        while bos is not None and ids[:2] == [bos, bos]:
+        """Put a BOS in front where the tokenizer does so for plain text and the template does not; drop a second."""
+        if self._adds_bos and ids[:1] != [self.bos]:
+            return [self.bos, *ids]  # type: ignore[list-item]
+        while self.bos is not None and ids[:2] == [self.bos, self.bos]:
             ids = ids[1:]
         return ids
 
     def pack(self, ids: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]] | None = None) -> Encoded:
-        """Pad prompts on the left and continuations on the right, so that all prompts end in one column."""
+        """Pad encoded prompts on the left and continuations on the right, so that all prompts end in one column.
+
+        Args:
+            ids: At least one encoded prompt.
+            continuations: Token ids that follow each prompt; none by default.
+        """
         after: Sequence[Sequence[int]] = continuations or [()] * len(ids)
         start, width = max(map(len, ids)), max(map(len, after))
         tokens = torch.full((len(ids), start + width), self.pad)
         mask = torch.zeros_like(tokens)
         for row, (prompt, reply) in enumerate(zip(ids, after, strict=True)):
             span = slice(start - len(prompt), start + len(reply))
-            tokens[row, span] = torch.tensor([*prompt, *reply])
+            tokens[row, span] = torch.tensor([*prompt, *reply], dtype=torch.long)
             mask[row, span] = 1
         return Encoded({"input_ids": tokens, "attention_mask": mask}, start)
 
     def batch(self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]] | None = None) -> Encoded:
-        """Encode and pad prompts, each followed by its continuation."""
-        return self.pack(self.encode(prompts), continuations)
+        """Encode and pad prompts, each followed by its continuation.
+
+        Args:
+            prompts: At least one; either all of them have an image or none.
+            continuations: Token ids that follow each prompt; none by default.
+
+        Raises:
+            UsageError: some prompts have an image and some have none, or an image cannot be read.
+        """
+        if not any(p.image for p in prompts):
+            return self.pack(self.encode(prompts), continuations)
+        if not all(p.image for p in prompts):
+            raise UsageError("prompts with and without an image in one batch")
+        inputs = self._with_images(prompts)
+        shape, start = inputs["input_ids"].shape, inputs["input_ids"].shape[1]
+        after = self.pack([()] * len(prompts), continuations).inputs
+        for key, value in list(inputs.items()):
+            if value.shape == shape:  # one value per token, such as Gemma 3's token_type_ids: 0 is text
+                tail = after.get(key, torch.zeros_like(after["input_ids"]))
+                inputs[key] = torch.cat([value, tail.to(value.dtype)], dim=1)
+        return Encoded(inputs, start)
+
+    def _with_images(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Run the processor on prompts that all have an image; left-padded."""
+        if self.processor is None:
+            raise UsageError("this model takes no images", where=str(prompts[0].image))
+        images = [[read_image(str(p.image))] for p in prompts]
+        texts = [_close(text) for text in self._render([self.messages(p) for p in prompts])]
+        bos = self.tokenizer.bos_token
+        if self._adds_bos:
+            texts = [text if text.startswith(bos) else bos + text for text in texts]
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+        return dict(self.processor(text=texts, images=images, **options))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """Return the answer that generated ids hold: no special tokens, no reasoning."""
+        raw = str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        if not any(mark in raw for block in BLOCKS for mark in block):
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        answer = strip_reasoning(raw)
+        for token in self._special:
+            answer = answer.replace(token, "")
+        return answer.strip()
 
     def describe(self) -> dict[str, Any]:
-        """Return what was done to every prompt, for the record."""
-        return {"template_sha256": hashlib.sha256(str(self.template).encode()).hexdigest(), "system": self.system}
+        """Return, for the record, how every prompt was put."""
+        switch = ", ".join(f"{name}=false" for name in self.switches)
+        return {
+            "template_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
+            "system": self.system,
+            "bos": "none" if self.bos is None else "added" if self._bos_is_added() else "by the template",
+            "reasoning": switch or ("block closed at once" if self._closes else "not asked for"),
+        }
+
+    def _bos_is_added(self) -> bool:
+        text = self._render([self.messages(Prompt("a"))])[0]
+        return self._adds_bos and not text.startswith(self.tokenizer.bos_token)
 
 
-def strip_reasoning(text: str) -> str:
-    """Return `text` without reasoning blocks, closed or not."""
-    text = re.sub(r"(?s)<(think|thinking|reasoning)>.*?(</\1>|$)", "", text)
-    return re.sub(r"(?s)^.*</(think|thinking|reasoning)>", "", text).strip()
+def _close(text: str) -> str:
+    """Close a reasoning block that the template leaves open at the end."""
+    bare = text.rstrip()
+    end = next((end for begin, end in BLOCKS if bare.endswith(begin)), None)
+    return f"{bare}\n\n{end}\n\n" if end else text
+
+
+def read_image(name: str) -> Any:
+    """Return an image as RGB.
+
+    Args:
+        name: Path or URL.
+
+    Raises:
+        UsageError: no such image, or it cannot be read.
+        MissingExtra: Pillow is not installed.
+    """
+    try:
+        from transformers.image_utils import load_image
+    except ImportError:
+        raise MissingExtra("pillow", "vision", "reading images") from None
+    try:
+        return load_image(name).convert("RGB")
+    except ImportError:
+        raise MissingExtra("pillow", "vision", "reading images") from None
+    except Exception as error:  # whatever a network or an image library raises on what it cannot read
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"image cannot be read: {reason[:160]}", where=name) from None

@@ -1,7 +1,13 @@
-"""Loading: the one place that calls what changes between versions of transformers."""
+"""Loading: the one place that calls what changes between versions of transformers.
+
+Everything that can be wrong with a checkpoint is looked for before a tensor is read: configuration, index, every
+shard's header and size, dtype, memory. What the Hugging Face libraries print on the way is kept off the terminal.
+"""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from perpend.config import Machine
-from perpend.errors import UsageError
+from perpend.errors import MissingExtra, RunFailed, UsageError
+from perpend.models.files import check_files
 from perpend.refs import ModelRef, Resolved
+
+OVERFLOWS_IN_FLOAT16 = "gemma3"
+"""Model types with this prefix have residuals beyond 65,504, the largest float16."""
+
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, in evaluation mode, without gradients.
+    """A model ready to run, in evaluation mode, its parameters without gradients.
 
     Attributes:
         model: The model with its LM head.
         tokenizer: Its tokenizer.
         processor: Its processor where it takes images, else None.
-        source: The files it came from.
+        source: The files that it came from.
         dtype: Floating type of its parameters.
+        ref: The reference that it was loaded by.
     """
 
     model: nn.Module
@@ -33,22 +46,26 @@ class Loaded:
     processor: Any | None
     source: Resolved
     dtype: torch.dtype
+    ref: str = ""
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
     """Keep progress bars, warnings and log lines of the Hugging Face libraries off the terminal inside the block."""
-    from transformers.utils import logging as hf_logging
+    import transformers.utils.logging
 
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        hf_logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            hf_logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,11 +80,21 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device '{name}' cannot be used: {reason}", valid="auto, cpu, cuda, cuda:N, mps") from None
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def load_model(
@@ -75,34 +102,232 @@ def load_model(
 ) -> Loaded:
     """Load a model with its tokenizer.
 
+    A model with a vision tower is loaded with it. A GGUF file is dequantised, in bfloat16 unless the machine section
+    says otherwise. Several GPUs share a model that one of them cannot hold, when the device is `auto`.
+
     Args:
         ref: Hub id, directory or GGUF file.
         machine: Device and dtype.
         trust_remote_code: Run Python code that comes with the model.
-    """
-    import transformers as hf
 
+    Raises:
+        UsageError: the reference, the files, the dtype or the device cannot be used; said before weights are read.
+        RunFailed: weights that are not finite.
+    """
+    import transformers
+
+    hf: Any = transformers
     machine = machine or Machine()
-    source = (ref if isinstance(ref, ModelRef) else ModelRef.parse(str(ref))).resolve()
+    ref = ref if isinstance(ref, ModelRef) else ModelRef.parse(str(ref))
+    source, where = ref.resolve(), str(ref)
     device = pick_device(machine.device)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.gguf_file:
-        common["gguf_file"] = source.gguf_file
+    size = check_files(source, where)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with silenced():
-        config = hf.AutoConfig.from_pretrained(source.path, **common)
-        tokenizer = hf.AutoTokenizer.from_pretrained(source.path, padding_side="left", **common)
-        sees = getattr(config, "vision_config", None) is not None
-        processor = hf.AutoProcessor.from_pretrained(source.path, **common) if sees else None
-        kind = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
+        config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
+        dtype = _dtype(config, machine, source, where)
+        sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
+        processor = _attempt(where, hf.AutoProcessor.from_pretrained, source.path, **common) if sees else None
+        tokenizer = (
+            processor.tokenizer
+            if processor
+            else _attempt(where, hf.AutoTokenizer.from_pretrained, source.path, **common)
+        )
+        tokenizer.padding_side = "left"
+        places = _placement(device, machine, size, where)
         if source.gguf_file:
             common["quantization_config"] = hf.GgufConfig(dequantize=True)
-        dtype = machine.dtype if machine.dtype == "auto" else getattr(torch, machine.dtype)
-        model = kind.from_pretrained(source.path, dtype=dtype, device_map={"": device}, **common)
-    model.eval().requires_grad_(False)
-    return Loaded(model, tokenizer, processor, source, model.dtype)
+        auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
+        options = {"dtype": dtype, "device_map": places, "output_loading_info": True, **common}
+        model, report = _attempt(where, auto.from_pretrained, source.path, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}", where=where
+        )
+    require_finite(model, where)
+    return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, where)
 
 
-def position_ids(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `{"position_ids": [B, T] int64}` counted over unpadded tokens, or `{}` where the model takes none."""
+def _attempt(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader of transformers; whatever it complains about becomes one line."""
+    from safetensors import SafetensorError
+
+    try:
+        return call(*args, **kwargs)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise RunFailed("out of memory while loading", where=where, hint="--dtype bfloat16") from None
+    except (*_FAILURES, SafetensorError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            hint = "--trust-remote-code, after reading that code"
+            raise UsageError("needs Python code that comes with the model", where=where, hint=hint) from None
+        for package, extra in (("gguf", "gguf"), ("PIL", "vision"), ("Pillow", "vision"), ("pillow", "vision")):
+            if isinstance(error, ImportError) and package in text:
+                raise MissingExtra(package.lower(), extra, f"loading {where}") from None
+        lines = [line for line in text.splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UsageError(f"cannot be loaded: {reason}", where=where) from None
+
+
+def _dtype(config: Any, machine: Machine, source: Resolved, where: str) -> torch.dtype | str:
+    """Return the dtype to load in.
+
+    Raises:
+        UsageError: float16 where the family's residuals overflow it.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    dtype: Any = (
+        getattr(torch, machine.dtype) if machine.dtype != "auto" else torch.bfloat16 if source.gguf_file else own
+    )
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kinds = (text.model_type, config.model_type)
+    if dtype == torch.float16 and any(kind.startswith(OVERFLOWS_IN_FLOAT16) for kind in kinds):
+        reason = "its residual stream exceeds 65,504, the largest float16, and turns into infinities"
+        raise UsageError(f"float16 cannot hold this model: {reason}", where=where, hint="--dtype bfloat16")
+    return dtype or "auto"
+
+
+def _placement(device: torch.device, machine: Machine, size: int, where: str) -> Any:
+    """Return the device map: one device, or all GPUs where the device is auto and one cannot hold the weights.
+
+    Raises:
+        UsageError: the weights are larger than the memory that is free.
+    """
+    if device.type == "mps" or size <= free_memory(device):
+        return {"": device}
+    if machine.device == "auto" and torch.cuda.device_count() > 1:
+        return "auto"
+    have = f"{free_memory(device) / 2**30:.1f} GiB are free on {device}"
+    raise UsageError(f"the weights take {size / 2**30:.1f} GiB and {have}", where=where)
+
+
+@torch.no_grad()
+def require_finite(model: nn.Module, where: str) -> None:
+    """Check all parameters.
+
+    Raises:
+        RunFailed: names the first parameter that holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.element_size() > 1:
+            low, high = torch.aminmax(parameter)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise RunFailed(f"{name} holds NaN or infinity", where=where)
+
+
+def materialise_gguf(
+    ref: ModelRef | str | Path, out: Path | str, *, dtype: torch.dtype = torch.bfloat16, machine: Machine | None = None
+) -> Path:
+    """Write a GGUF file as a safetensors directory, with configuration, tokenizer and chat template.
+
+    Args:
+        ref: The GGUF file.
+        out: A directory that does not exist yet; until it is complete it is called `out` + `.partial`.
+        dtype: Of the weights. q4_0 and q8_0 values are exact in float32 and rounded in bfloat16.
+        machine: Whose device is used; the CPU by default.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: not a GGUF file, or `out` exists.
+    """
+    out, ref = Path(out), ref if isinstance(ref, ModelRef) else ModelRef.parse(str(ref))
+    if ref.kind != "gguf":
+        raise UsageError("not a GGUF file", where=str(ref))
+    if out.exists():
+        raise UsageError("exists already", where=str(out))
+    device = machine.device if machine else "cpu"
+    loaded = load_model(ref, Machine.model_validate({"device": device, "dtype": str(dtype).removeprefix("torch.")}))
+    partial = out.with_name(out.name + ".partial")
+    model: Any = loaded.model
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    with silenced():
+        model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
+    return partial.rename(out)
+
+
+# ------------------------------------------------------------------------------------------- the model's own calls
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward pass names an argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def with_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with `position_ids` that count tokens and skip padding, made the model's own way.
+
+    Models that take no `position_ids` (ALiBi, state spaces) get none.
+    """
+    if not takes(model, "position_ids"):
+        return dict(inputs)
+    own = getattr(model, "_prepare_position_ids_for_generation", None)
+    if own is not None:
+        return {**inputs, "position_ids": own(inputs["input_ids"], dict(inputs))}
     mask = inputs["attention_mask"].long()
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    return {**inputs, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], columns: Tensor) -> Tensor:
+    """Return the logits `[B, n, V]` of columns `[n]` of a forward pass without cache, in the model's dtype.
+
+    Only these columns reach the LM head, and what the model does behind it (Gemma's soft cap) is the model's own doing.
+    """
+    if takes(model, "logits_to_keep"):
+        kept: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        return kept
+    every: Tensor = model(**inputs, use_cache=False).logits
+    return every[:, columns]
+
+
+def body(model: Any) -> nn.Module:
+    """Return the model without its LM head; the model itself where it has no such part."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the model's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    ids = {*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ids)
+
+
+def stopping(criteria: Any) -> Any:
+    """Return functions of `(tokens, scores)` in the form in which `generate` takes stopping criteria."""
+    import transformers
+
+    wrapped: Any = transformers.StoppingCriteriaList
+    return wrapped(criteria)
+
+
+@contextmanager
+def generation(model: Any, **settings: Any) -> Iterator[Any]:
+    """Yield a generation configuration that holds these settings and none of the model's own, such as its penalties.
+
+    The LM head gets contiguous input inside the block: `generate` hands it a slice of the last position, and for a
+    strided slice PyTorch copies the whole matrix once per row of the batch.
+    """
+    import transformers
+
+    configuration: Any = transformers.GenerationConfig
+
+    def contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].contiguous(), *args[1:]) if args else args
+
+    own, head = model.generation_config, model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(contiguous) if head is not None else None
+    model.generation_config = configuration()
+    try:
+        with silenced():
+            yield configuration(**settings)
+    finally:
+        model.generation_config = own
+        if handle is not None:
+            handle.remove()

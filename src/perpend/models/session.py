@@ -1,54 +1,51 @@
-"""A loaded model with hooks: read residuals, put edits in place, generate, score."""
+"""A loaded model with hooks: read residuals, put edits in place, generate, score.
+
+Every result is in the order of what was asked for and does not depend on how it was batched, to rounding. Prompts are
+padded on the left with position ids that skip the padding; batches hold prompts of similar length, the longest first,
+as many as a budget of padded tokens allows; a batch that does not fit into memory is halved, and that is said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+import gc
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from perpend.config import Machine
+from perpend.core.edits import Edit
 from perpend.data import Prompt
-from perpend.errors import UsageError
-from perpend.models.chat import Chat, strip_reasoning
-from perpend.models.load import Loaded, position_ids
-from perpend.progress import track
+from perpend.errors import RunFailed, UsageError
+from perpend.models import load
+from perpend.models.anatomy import Anatomy
+from perpend.models.batching import Budget, out_of_memory, plan
+from perpend.models.chat import Chat, Message
+from perpend.models.hooks import in_place
+from perpend.models.load import Loaded
+from perpend.models.replies import Reply, ReplyLog, Sampling
+from perpend.progress import note, track
 
+__all__ = ["Batch", "Reply", "ReplyLog", "Sampling", "Session"]
 
-@dataclass(frozen=True)
-class Reply:
-    """What the model answered: `tokens` end with the end token when `finished`."""
+T = TypeVar("T")
 
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, model: Any, seed: int = 0) -> Sampling:
-        """Return the model's own settings."""
-        own = model.generation_config
-        return cls(own.temperature or 1.0, own.top_k or 0, own.top_p or 1.0, seed)
+WINDOW = 512
+"""Prompts that are sorted by length together when residuals are read; bounds what is held back for the order."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A teacher-forcing batch.
+    """Prompts with given continuations, on the session's device.
 
     Attributes:
-        index: Positions of the rows in the list that was asked for.
+        index: Position of each row in the list that was asked for.
         inputs: Keyword arguments of the model.
         start: Column of the first continuation token.
         tokens: `[B, T]` int64 continuation tokens, 0 where a row has no more.
@@ -61,64 +58,174 @@ class Batch:
     tokens: Tensor
     mask: Tensor
 
+    def __len__(self) -> int:
+        return len(self.index)
+
 
 class Session:
     """One model in memory."""
 
-    def __init__(self, loaded: Loaded, machine: Machine | None = None, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        machine: Machine | None = None,
+        *,
+        system: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            loaded: What `load_model` returned.
+            machine: Batch size; by default as large as memory allows.
+            system: System prompt before every prompt; None leaves it to the chat template.
+            overrides: The recipe's `[edit.overrides]`, for `Anatomy.of`.
+
+        Raises:
+            UsageError: no chat template.
+        """
         self.loaded, self.machine = loaded, machine or Machine()
-        self.model: Any = loaded.model
+        self.model = cast(Any, loaded.model)
         self.chat = Chat(loaded.tokenizer, loaded.processor, system)
-        self._layers: list[nn.Module] = list(self.model.get_decoder().layers)
-        self._base = getattr(self.model, self.model.base_model_prefix)
-        self.device = next(self.model.parameters()).device
-        self.n_layers = len(self._layers)
-        self.hidden_size = int(self.model.config.get_text_config().hidden_size)
+        embedding: Tensor = self.model.get_input_embeddings().weight
+        self.device = embedding.device
+        self.budget = Budget.of(self.model, self.device, self.machine)
+        self._overrides = overrides
+        self._edit: Edit | None = None
 
-    def _plan(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
-        """Group rows of similar length, longest first, into batches of at most `budget` padded tokens."""
-        groups: list[list[int]] = []
-        width = 0
-        for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            full = groups and (
-                len(groups[-1]) >= self.machine.batch_size
-                if isinstance(self.machine.batch_size, int)
-                else (len(groups[-1]) + 1) * width > budget
-            )
-            if not groups or full:
-                groups.append([])
-                width = lengths[row]
-            groups[-1].append(row)
-        return groups
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Layers and writers of the model; found when first asked for."""
+        return Anatomy.of(self.model, self._overrides)
 
-    def _inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in (inputs | position_ids(self.model, inputs)).items()}
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers (L)."""
+        return self.anatomy.n_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream (d)."""
+        return self.anatomy.hidden_size
+
+    # ------------------------------------------------------------------------------------------------ residuals
 
     @torch.no_grad()
     def capture(self, prompts: Sequence[Prompt], *, position: int = -1) -> Iterator[Tensor]:
-        """Yield residuals `[B, L, d]` float32 in prompt order, `[:, l]` on the output of layer l."""
+        """Read residuals, under the edit that is in place.
+
+        Args:
+            prompts: What is encoded in the chat template, up to where the answer begins.
+            position: Token that is read, counted from the end; -1 is the last template token.
+
+        Yields:
+            `[B, L, d]` float32 on the CPU, in prompt order; `[:, l]` is the output of layer l, before the final norm.
+
+        Raises:
+            UsageError: the position is that of the first token of a prompt, or before it.
+        """
+        prompts = list(prompts)
         ids = self.chat.encode(prompts)
-        for first in range(0, len(ids), 256):
-            window = ids[first : first + 256]
-            out = torch.empty(len(window), self.n_layers, self.hidden_size)
-            for rows in self._plan([len(i) for i in window], 8192):
-                out[rows] = self._residuals(self.chat.pack([window[r] for r in rows]).inputs, position)
-            yield out
+        shortest = min(map(len, ids), default=0)
+        if ids and not -shortest < position < 0:
+            raise UsageError(
+                f"position {position} of a prompt of {shortest} tokens", valid=f"-1 to {1 - shortest}, never the first"
+            )
+        for window in _track_windows(len(ids)):
+            found = torch.empty(len(window), self.n_layers, self.hidden_size)
+            seen = [prompts[k].image is not None for k in window]
+            groups = plan([len(ids[k]) for k in window], self.budget.forward, self.budget.rows, apart=seen)
+            whole = [[window[k] for k in group] for group in groups]
+            for rows, residuals in self._run(whole, lambda rows: self._residuals(rows, prompts, ids, position)):
+                found[[k - window.start for k in rows]] = residuals
+            yield found
 
-    def _residuals(self, inputs: dict[str, Tensor], position: int) -> Tensor:
-        kept: list[Tensor] = []
+    def _residuals(self, rows: list[int], prompts: list[Prompt], ids: list[list[int]], position: int) -> Tensor:
+        kept: dict[int, Tensor] = {}
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            kept.append(hidden[:, position].to(torch.float32, copy=True))
+        def keeper(layer: int) -> Callable[..., None]:
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                kept[layer] = hidden[:, position].to(torch.float32, copy=True)
 
-        handles = [layer.register_forward_hook(keep) for layer in self._layers]
+            return keep
+
+        inputs, _ = self._inputs(rows, prompts, ids)
+        modules = self.anatomy.layer_modules(self.model)
+        handles = [module.register_forward_hook(keeper(layer)) for layer, module in enumerate(modules)]
         try:
-            self._base(**self._inputs(inputs), use_cache=False)
+            load.body(self.model)(**load.with_positions(self.model, inputs), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([k.cpu() for k in kept], dim=1)
+        return torch.stack([kept[layer].to(self.device) for layer in range(len(modules))], dim=1).cpu()
+
+    def _inputs(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Prompt],
+        ids: Sequence[Sequence[int]],
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[dict[str, Tensor], int]:
+        """Pad some of the prompts, on the session's device; returns model inputs and the column where prompts end."""
+        tails = [after[r] for r in rows] if after is not None else None
+        if prompts and prompts[rows[0]].image is not None:
+            encoded = self.chat.batch([prompts[r] for r in rows], tails)
+        else:
+            encoded = self.chat.pack([ids[r] for r in rows], tails)
+        return {key: value.to(self.device) for key, value in encoded.inputs.items()}, encoded.start
+
+    def _run(self, groups: Sequence[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+        """Yield each group with what `work` makes of it; a group that does not fit into memory is halved."""
+        pending = list(groups)[::-1]
+        while pending:
+            group = pending.pop()
+            result = self._fits(group, work)
+            if result is not None:
+                yield group, result[0]
+                continue
+            half = len(group) // 2
+            pending += [group[half:], group[:half]]
+
+    def _fits(self, group: list[int], work: Callable[[list[int]], T]) -> tuple[T] | None:
+        try:
+            return (work(group),)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if len(group) == 1:
+            raise RunFailed("out of memory on a single prompt", hint="shorter replies or a smaller dtype")
+        note(f"out of memory with {len(group)} rows: going on with {len(group) // 2}")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    # ---------------------------------------------------------------------------------------------------- edits
+
+    @contextmanager
+    def edited(self, edit: Edit | None) -> Iterator[None]:
+        """Put an edit in place inside the block; leaving it restores the model exactly. None changes nothing.
+
+        The weights stay as they are: writers are hooked, and compute in float32 what the edited weights would give.
+
+        Raises:
+            UsageError: an edit is in place already, or this one names a module that is no writer.
+        """
+        if edit is None:
+            yield
+            return
+        if self._edit is not None:
+            raise UsageError("an edit is in place already; two at once are never what was measured")
+        writers = [self.anatomy.writer(name) for name in edit.modules]
+        self._edit = edit
+        try:
+            with in_place(self.model, writers, edit):
+                yield
+        finally:
+            self._edit = None
+
+    # ------------------------------------------------------------------------------------------------- generate
 
     def generate(
         self,
@@ -128,99 +235,174 @@ class Session:
         sampling: Sampling | None = None,
         store: MutableMapping[str, Reply] | None = None,
     ) -> list[Reply]:
-        """Return one reply per prompt, greedy unless `sampling` is given."""
-        from transformers import GenerationConfig
+        """Let the model answer, under the edit that is in place.
 
+        Args:
+            prompts: What it is asked.
+            max_new_tokens: Where an answer is cut.
+            sampling: How tokens are drawn; greedy by default.
+            store: Replies by prompt id. Those that are there are not made again, and new ones are put in as they come.
+                Batches are the same with and without them, so that a resumed run gives the replies of an unbroken one.
+
+        Returns:
+            One reply per prompt, in order.
+        """
+        prompts = list(prompts)
         ids = self.chat.encode(prompts)
-        done: dict[int, Reply] = {i: store[p.id] for i, p in enumerate(prompts) if store is not None and p.id in store}
-        ends = self.model.generation_config.eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.chat.tokenizer.eos_token_id} - {None}
-        draw = (
-            {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
-            if sampling is None
-            else {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-            }
-        )
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(ends),
-            pad_token_id=self.chat.pad,
-            repetition_penalty=1.0,
-            **draw,
-        )
-        groups = self._plan([len(i) + max_new_tokens for i in ids], 16384)
-        for rows in track(groups, "generate", total=len(ids), size=len):
-            if all(r in done for r in rows):
-                continue
-            if sampling is not None:
-                torch.manual_seed(sampling.seed + rows[0])
-            packed = self.chat.pack([ids[r] for r in rows])
-            inputs = {k: v.to(self.device) for k, v in packed.inputs.items()}
-            with torch.no_grad():
-                new = self.model.generate(**inputs, generation_config=config)[:, packed.start :]
-            for r, tokens in zip(rows, new.tolist(), strict=True):
-                end = next((i for i, t in enumerate(tokens) if t in ends), None)
-                tokens = tokens if end is None else tokens[: end + 1]
-                reply = Reply(strip_reasoning(self.chat.decode(tokens)), tuple(tokens), end is not None)
-                done.setdefault(r, reply)
-                if store is not None:
-                    store.setdefault(prompts[r].id, reply)
-        return [done[i] for i in range(len(ids))]
+        store = {} if store is None else store
+        known = {k: store[p.id] for k, p in enumerate(prompts) if p.id in store}
+        seen = [p.image is not None for p in prompts]
+        groups = plan([len(i) + max_new_tokens for i in ids], self.budget.cached, self.budget.rows, apart=seen)
+        missing = [group for group in groups if not all(k in known for k in group)]
+        made: dict[int, Reply] = {}
+        settings = self._settings(max_new_tokens, sampling)
+        work = self._run(missing, lambda group: self._replies(group, prompts, ids, settings, sampling))
+        for group, replies in track(work, "generate", total=sum(map(len, missing)), size=lambda item: len(item[0])):
+            for k, reply in zip(group, replies, strict=True):
+                made[k] = known.get(k, reply)
+                if k not in known:
+                    store[prompts[k].id] = reply
+        return [known[k] if k in known else made[k] for k in range(len(prompts))]
+
+    def _settings(self, max_new_tokens: int, sampling: Sampling | None) -> dict[str, Any]:
+        draw: dict[str, Any] = {"do_sample": False}
+        if sampling is not None:
+            draw = {"do_sample": True, "temperature": sampling.temperature}
+            draw |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        ends = load.end_tokens(self.model, self.chat.tokenizer)
+        return {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": self.chat.pad, **draw}
+
+    def _replies(
+        self,
+        group: list[int],
+        prompts: list[Prompt],
+        ids: list[list[int]],
+        settings: dict[str, Any],
+        sampling: Sampling | None,
+    ) -> list[Reply]:
+        inputs, start = self._inputs(group, prompts, ids)
+        with load.generation(self.model, **settings) as config, self._seeded(sampling, [prompts[k].id for k in group]):
+            rows = self.model.generate(**inputs, generation_config=config)[:, start:].tolist()
+        replies: list[Reply] = []
+        for row in rows:
+            end = next((k for k, token in enumerate(row) if token in settings["eos_token_id"]), None)
+            tokens = row if end is None else row[: end + 1]
+            replies.append(Reply(self.chat.decode(tokens), tuple(tokens), end is not None))
+        return replies
+
+    @contextmanager
+    def _seeded(self, sampling: Sampling | None, names: Sequence[str]) -> Iterator[None]:
+        """Seed by the setting and the rows, so that a batch draws the same whatever ran before it."""
+        if sampling is None:
+            yield
+            return
+        digest = hashlib.sha256(f"{sampling.seed} {' '.join(names)}".encode()).digest()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            yield
+
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, max_new_tokens: int = 512
+    ) -> Iterator[str]:
+        """Yield the answer to a conversation piece by piece, as it is generated.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, the user's last.
+            sampling: How tokens are drawn; greedy by default.
+            max_new_tokens: Where the answer is cut.
+        """
+        from transformers import TextIteratorStreamer
+
+        head = [{"role": "system", "content": self.chat.system}] if self.chat.system else []
+        ids = self.chat.encode_messages([[*head, *messages]])
+        inputs, _ = self._inputs([0], [], ids)
+        streamer: Any = TextIteratorStreamer(self.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped, failure = threading.Event(), list[BaseException]()
+
+        def work() -> None:
+            try:
+                settings = self._settings(max_new_tokens, sampling)
+                with load.generation(self.model, **settings) as config, self._seeded(sampling, [str(ids)]):
+                    stop = [lambda tokens, scores, **_: torch.full((1,), stopped.is_set(), device=tokens.device)]
+                    self.model.generate(
+                        **inputs, generation_config=config, streamer=streamer, stopping_criteria=load.stopping(stop)
+                    )
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stopped.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    # ---------------------------------------------------------------------------------------------------- score
 
     def batches(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]], *, max_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """Yield teacher-forcing batches, longest first."""
-        after = [list(c)[:max_tokens] for c in continuations]
+        """Group prompts with given continuations for teacher forcing, the longest first.
+
+        Args:
+            prompts: As many as continuations.
+            continuations: Token ids of what the model is made to say; prompts without any are left out.
+            max_tokens: Of each continuation, only so many.
+
+        Yields:
+            Batches of at most as many rows as memory allows for their logits.
+        """
+        prompts, after = list(prompts), [list(c)[:max_tokens] for c in continuations]
         ids = self.chat.encode(prompts)
-        for rows in self._plan([len(i) + len(a) for i, a in zip(ids, after, strict=True)], 4096):
-            packed = self.chat.pack([ids[r] for r in rows], [after[r] for r in rows])
-            mask = packed.inputs["attention_mask"][:, packed.start :].bool()
-            tokens = packed.inputs["input_ids"][:, packed.start :].masked_fill(~mask, 0)
-            yield Batch(rows, self._inputs(packed.inputs), packed.start, tokens.to(self.device), mask.to(self.device))
+        some = [k for k, tail in enumerate(after) if tail]
+        lengths = [len(i) + len(tail) for i, tail in zip(ids, after, strict=True)]
+        groups = plan(
+            [lengths[k] for k in some],
+            self.budget.forward,
+            self.budget.rows,
+            tails=[len(after[k]) for k in some],
+            tail_budget=self.budget.logits,
+            apart=[prompts[k].image is not None for k in some],
+        )
+        for group in groups:
+            rows = [some[k] for k in group]
+            inputs, start = self._inputs(rows, prompts, ids, after)
+            mask = inputs["attention_mask"][:, start:].bool()
+            tokens = inputs["input_ids"][:, start:].masked_fill(~mask, 0)
+            yield Batch(rows, load.with_positions(self.model, inputs), start, tokens, mask)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return `[B, T, V]` float32; `[:, t]` predicts continuation token t."""
-        keep = torch.arange(batch.start - 1, batch.start - 1 + batch.tokens.shape[1], device=self.device)
-        with torch.no_grad():
-            return self.model(**batch.inputs, use_cache=False, logits_to_keep=keep).logits.float()
+        """Return `[B, T, V]` float32 on the session's device; `[:, t]` predicts continuation token t.
 
+        Only these positions reach the LM head. Differentiable where an edit that is in place is.
+        """
+        columns = torch.arange(batch.start - 1, batch.start - 1 + batch.tokens.shape[1], device=self.device)
+        return load.logits_at(self.model, batch.inputs, columns).float()
+
+    @torch.no_grad()
     def log_likelihood(self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the log-probability of each continuation token, `[n_i]` float32 each, in prompt order."""
-        found: list[Tensor] = [torch.empty(0)] * len(prompts)
+        """Return the log-probability of every continuation token.
+
+        Args:
+            prompts: As many as continuations.
+            continuations: Token ids of what the model is made to say.
+
+        Returns:
+            `[n_i]` float32 in nats on the CPU for each prompt, in order.
+        """
+        found = [torch.empty(0) for _ in prompts]
         for batch in self.batches(prompts, continuations):
             logits = self.logits(batch)
             scores = logits.gather(-1, batch.tokens[..., None])[..., 0] - logits.logsumexp(-1)
-            for row, i in enumerate(batch.index):
-                found[i] = scores[row][batch.mask[row]].cpu()
+            for k, row, mask in zip(batch.index, scores.cpu(), batch.mask.cpu(), strict=True):
+                found[k] = row[mask]
         return found
 
-    @contextmanager
-    def edited(self, edit: Any) -> Iterator[None]:
-        """Put an edit in place inside the block."""
-        handles: list[Any] = []
-        modules = dict(self.model.named_modules())
-        if getattr(self, "_editing", False) and edit is not None:
-            raise UsageError("an edit is already in place")
-        self._editing = edit is not None
-        try:
-            for name, part in edit.modules.items() if edit is not None else ():
-                handles.append(modules[name].register_forward_hook(_plain(part)))
-            yield
-        finally:
-            self._editing = False
-            for handle in handles:
-                handle.remove()
 
-
-def _plain(part: Any) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        v = part.directions.to(output.device)
-        y = output.float()
-        return (y - part.weight * (y @ v.T) @ v).to(output.dtype)
-
-    return hook
+def _track_windows(count: int) -> Iterator[range]:
+    windows = [range(first, min(first + WINDOW, count)) for first in range(0, count, WINDOW)]
+    return track(windows, "read residuals", total=count, size=len)

@@ -1,0 +1,90 @@
+"""Whether the files of a model are whole: said from names, sizes and headers, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from perpend.errors import MissingExtra, UsageError
+from perpend.refs import Resolved
+
+
+def check_files(source: Resolved, where: str) -> int:
+    """Check that a checkpoint is whole, from names, sizes and headers alone.
+
+    Returns:
+        Bytes of its weights.
+
+    Raises:
+        UsageError: no configuration, no weights or pickled ones, a shard that is missing, truncated or corrupt.
+    """
+    if source.gguf_file:
+        return _check_gguf(source.path / source.gguf_file, where)
+    files = {path.name for path in source.path.iterdir()}
+    if "config.json" not in files:
+        ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
+        raise UsageError(
+            "no config.json: not a model directory", where=where, hint=f"{where}/{ggufs[0]}" if ggufs else ""
+        )
+    _json(source.path / "config.json")
+    if "model.safetensors" in files:
+        shards: dict[str, set[str]] = {"model.safetensors": set()}
+    elif "model.safetensors.index.json" in files:
+        shards = _index(source.path / "model.safetensors.index.json")
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+        raise UsageError("only pickled weights, which can run code and are not read", where=where, valid="safetensors")
+    else:
+        raise UsageError("no weights", where=where, valid="model.safetensors, model.safetensors.index.json")
+    return sum(_check_shard(source.path / shard, names) for shard, names in shards.items())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"not valid JSON: {str(error).splitlines()[0]}", where=str(path)) from None
+    if not isinstance(data, dict):
+        raise UsageError("not a JSON object", where=str(path))
+    return data
+
+
+def _index(path: Path) -> dict[str, set[str]]:
+    """Return the tensors that each shard must hold."""
+    mapping = _json(path).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise UsageError("has no weight_map", where=str(path), hint="download the checkpoint again")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in mapping.items():
+        shards.setdefault(shard, set()).add(tensor)
+    return shards
+
+
+def _check_shard(path: Path, names: set[str]) -> int:
+    """Check one safetensors file; its library compares header, offsets and size of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    again = "download the checkpoint again"
+    if not path.is_file():
+        raise UsageError("missing file", where=str(path), hint=again)
+    try:
+        with safe_open(path, framework="pt") as file:
+            lost = names.difference(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"truncated or corrupt: {str(error).splitlines()[0]}", where=str(path), hint=again) from None
+    if lost:
+        raise UsageError(f"lacks {len(lost)} tensors of the index, such as {min(lost)}", where=str(path), hint=again)
+    return path.stat().st_size
+
+
+def _check_gguf(path: Path, where: str) -> int:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise MissingExtra("gguf", "gguf", f"reading {where}") from None
+    try:
+        tensors = GGUFReader(path).tensors
+    except Exception as error:  # the reader raises whatever numpy does on bytes it cannot read
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"truncated or corrupt: {reason}", where=where, hint="download the file again") from None
+    return sum(2 * int(tensor.n_elements) for tensor in tensors)
