@@ -1,0 +1,373 @@
+"""Bake an edit into a copy of the original files.
+
+Every file is copied as it is and then only the byte ranges of the edited matrices are overwritten, so names, order,
+dtypes, shapes, headers, shard layout and untouched tensors are byte-equal because nothing else was ever written. The
+arithmetic is float32 or better and is rounded once, to the tensor's own dtype. One matrix is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from perpend.core.edits import Edit
+from perpend.core.maps import ModuleEdit, edit_bias, edit_weight
+from perpend.errors import RunFailed, UsageError, nearest
+from perpend.export.checkpoint import INDEX, Checkpoint, TensorEntry, files, read_header, read_range
+from perpend.export.names import Locator, TensorSlice, overlapping
+from perpend.progress import track
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where a stale folder cannot be told from one that is being written
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from perpend.models.anatomy import Anatomy
+
+OTHER_WEIGHTS = (
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "consolidated*.pth",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+    "rust_model.ot",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ckpt",
+    "*.tflite",
+)
+"""Files that hold the weights in another format: a copy would be a model without the edit in the same folder."""
+
+COPY_CHUNK = 64 << 20
+BLOCK = 1 << 22
+"""Elements of a matrix that are widened at a time."""
+HEADROOM = 64 << 20
+"""Free disk space asked for beyond the copied bytes: card, recipe, report."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        path: The finished folder.
+        files: Files copied.
+        bytes: Their size together.
+        edited: Names of the tensors that were overwritten, wholly or in part.
+        left_out: Files of the source that were not copied, with the reason.
+    """
+
+    path: Path
+    files: int
+    bytes: int
+    edited: tuple[str, ...]
+    left_out: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "path": str(self.path), "edited": list(self.edited)}
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A byte range to overwrite.
+
+    Attributes:
+        piece: Where.
+        edit: What to do there.
+        matrix: For a bias, the matrix that it belongs to; None when `piece` is a matrix.
+    """
+
+    piece: TensorSlice
+    edit: ModuleEdit
+    matrix: TensorSlice | None = None
+
+
+def bake(
+    source: Path,
+    edit: Edit,
+    anatomy: Anatomy,
+    out: Path,
+    model: nn.Module,
+    *,
+    check: Callable[[Path], None] | None = None,
+) -> ExportResult:
+    """Write the edited checkpoint to `out`, which appears whole or not at all.
+
+    Args:
+        source: Folder of the original safetensors checkpoint.
+        edit: Maps of the writers; a module with weight factor 0 is not touched.
+        anatomy: Writers of the loaded model.
+        out: Folder to make; may exist if empty. The work is done in `out.partial`.
+        model: The loaded model, by whose values the tensors of the files are recognised; it is not changed.
+        check: Called with `out.partial` when all bytes are there and before it is renamed; gates, reload tests and the
+            card belong here. What it raises leaves `out.partial` for inspection.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: before anything is written: quantised or damaged checkpoint, writer not found in the files, output
+            not empty, an earlier or running export on the same output, too little disk space.
+        RunFailed: an edited value is not finite in the tensor's dtype, a file changed meanwhile, the disk is full.
+    """
+    source, out = Path(source), Path(out).expanduser().resolve()
+    _refuse_output(source.resolve(), out)
+    checkpoint = Checkpoint(source)
+    patches = plan(checkpoint, edit, anatomy, model)
+    copies, left_out = choose_files(checkpoint, {patch.piece.entry.name for patch in patches})
+    sizes = {name: (source / name).stat().st_size for name in copies}
+    total = sum(sizes.values())
+    with staged(out, total) as folder:
+        try:
+            for _ in track(_write(checkpoint, folder, copies, patches), "export", total=total, size=int):
+                pass
+        except OSError as error:
+            raise RunFailed(f"cannot be written: {error.strerror}; what is there is kept", where=str(folder)) from error
+        if check:
+            check(folder)
+    edited = tuple(sorted({patch.piece.entry.name for patch in patches}))
+    return ExportResult(out, len(copies), total, edited, left_out)
+
+
+def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module) -> list[Patch]:
+    """Return the byte ranges that an edit overwrites, sorted by file and place; reads only samples.
+
+    Raises:
+        UsageError: quantised weights, an unknown writer, a writer that is not in the files, or a shared matrix.
+    """
+    method = checkpoint.quantisation()
+    if method:
+        raise UsageError(
+            f"weights are quantised ({method}): rounding to that grid would undo or distort the edit",
+            where=str(checkpoint.path),
+            valid="float32, bfloat16 or float16 weights",
+            hint="edit the unquantised checkpoint and quantise the result",
+        )
+    writers = {writer.name: writer for writer in anatomy.writers}
+    locator, patches = Locator(checkpoint, model, anatomy), []
+    for name, change in edit.modules.items():
+        if name not in writers:
+            raise UsageError(f"no writer '{name}' in this model", where="edit", hint=nearest(name, writers))
+        if change.weight == 0:
+            continue
+        matrices = locator.matrices(writers[name])
+        patches += [Patch(piece, change) for piece in matrices]
+        patches += [
+            Patch(piece, change, own) for piece, own in zip(locator.biases(writers[name]), matrices, strict=False)
+        ]
+    shared = overlapping(patch.piece for patch in patches)
+    if shared:
+        raise UsageError(f"tensor {shared.entry.name!r} belongs to two edited writers", where=str(checkpoint.path))
+    return sorted(patches, key=lambda patch: (patch.piece.entry.shard, patch.piece.entry.begin + patch.piece.begin))
+
+
+def choose_files(checkpoint: Checkpoint, edited: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the files to copy, as paths relative to the checkpoint, and those left out, with the reason.
+
+    Left out is what would put the unedited model beside the edited one: weights in another format, and safetensors
+    files outside the checkpoint that hold an edited tensor in its original state.
+    """
+    originals = [checkpoint.tensors[name] for name in sorted(edited)]
+    copies, left_out = [], {}
+    for path in files(checkpoint.path):
+        name = str(path.relative_to(checkpoint.path))
+        if any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
+            left_out[name] = "unedited weights in another format"
+        elif name == INDEX and checkpoint.index is None:
+            left_out[name] = "index of files that a single-file checkpoint does not use"
+        elif path.suffix == ".safetensors" and name not in checkpoint.shards and _repeats(path, checkpoint, originals):
+            left_out[name] = "a second, unedited copy of the weights"
+        else:
+            copies.append(name)
+    return copies, left_out
+
+
+def _repeats(path: Path, checkpoint: Checkpoint, originals: Sequence[TensorEntry]) -> bool:
+    """Say whether a safetensors file outside the checkpoint holds one of `originals`, byte for byte at its start."""
+    for entry in read_header(path):
+        count = min(entry.nbytes, 1 << 16)
+        alike = [other for other in originals if count and (other.dtype, other.shape) == (entry.dtype, entry.shape)]
+        start = read_range(path, entry.begin, entry.begin + count) if alike else b""
+        if any(checkpoint.read(other, 0, count) == start for other in alike):
+            return True
+    return False
+
+
+def _refuse_output(source: Path, out: Path) -> None:
+    if not out.name:
+        raise UsageError("not a folder that can be made", where=str(out))
+    if out == source or source in out.parents or out in source.parents:
+        raise UsageError("the output lies in the source or around it", where=str(out), hint="choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError("already exists and is not empty", where=str(out), hint="choose another folder or remove it")
+
+
+@contextmanager
+def staged(out: Path, need: int) -> Iterator[Path]:
+    """Give a fresh, locked folder `out.partial`; flush it and rename it to `out` when the block ends well.
+
+    Args:
+        out: Absolute path of the folder to appear.
+        need: Bytes about to be written.
+
+    Raises:
+        UsageError: too little free disk space, or `out.partial` exists: says whether a process is writing it.
+        RunFailed: `out` was filled by somebody else meanwhile.
+    """
+    parent = next(p for p in out.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need + HEADROOM:
+        raise UsageError(
+            f"needs {(need + HEADROOM) / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free", where=str(parent)
+        )
+    partial = out.with_name(out.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise _occupied(partial) from None
+    lock = _lock(partial, wait=True)
+    try:
+        yield partial
+        for root, _, names in os.walk(partial):
+            for name in (*names, ""):
+                _fsync(Path(root) / name)
+        try:
+            os.rename(partial, out)
+        except OSError as error:
+            reason = f"cannot be renamed to {out.name}: {error.strerror}; the finished files are kept"
+            raise RunFailed(reason, where=str(partial)) from None
+        _fsync(out.parent)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder; None where that is not possible.
+
+    Raises:
+        BlockingIOError: locked by another process and `wait` is false.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _occupied(partial: Path) -> UsageError:
+    """Say whether an existing `.partial` is being written or was left behind, and what to do."""
+    try:
+        descriptor = _lock(partial, wait=False)
+    except BlockingIOError:
+        return UsageError(
+            "another process is writing this output", where=str(partial), hint="wait for it or choose another folder"
+        )
+    except OSError:
+        return UsageError("is in the way", where=str(partial), hint=f"rm -r {partial}")
+    if descriptor is not None:
+        os.close(descriptor)
+    return UsageError(
+        "an earlier export stopped here; inspect it, then remove it", where=str(partial), hint=f"rm -r {partial}"
+    )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches: Sequence[Patch]) -> Iterator[int]:
+    """Copy file after file, overwrite its patches, flush it; yield the number of bytes just copied."""
+    for name in copies:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("x+b", buffering=0) as writer:
+            yield from _copy(checkpoint.path / name, writer.fileno())
+            for patch in patches:
+                if patch.piece.entry.shard == name:
+                    _overwrite(checkpoint, writer.fileno(), patch)
+            os.fsync(writer.fileno())
+
+
+def _copy(source: Path, target: int) -> Iterator[int]:
+    """Copy a file in the kernel (a clone where the file system can), or through memory where it cannot."""
+    with source.open("rb", buffering=0) as reader:
+        size, done, kernel = os.fstat(reader.fileno()).st_size, 0, hasattr(os, "copy_file_range")
+        while done < size:
+            count = min(COPY_CHUNK, size - done)
+            if kernel:
+                try:
+                    moved = os.copy_file_range(reader.fileno(), target, count, done, done)
+                except OSError:
+                    moved = 0
+                kernel = moved > 0
+            if not kernel:
+                data = os.pread(reader.fileno(), min(count, 8 << 20), done)
+                moved = _pwrite(target, data, done)
+            if not moved:
+                raise RunFailed("became shorter while it was copied", where=str(source))
+            done += moved
+            yield moved
+
+
+def _pwrite(target: int, data: bytes | bytearray, offset: int) -> int:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(target, view[: 1 << 30], offset)
+        view, offset = view[count:], offset + count
+    return len(data)
+
+
+def _overwrite(checkpoint: Checkpoint, target: int, patch: Patch) -> None:
+    """Read a slice of the original, edit it in place in memory, write it over the copy."""
+    piece, matrix = patch.piece, None
+    data = checkpoint.read(piece.entry, piece.begin, piece.end)
+    if patch.matrix and patch.edit.mode == "row":
+        matrix = patch.matrix.view(checkpoint.read(patch.matrix.entry, patch.matrix.begin, patch.matrix.end))
+    edit_in_place(piece.view(data), patch.edit, matrix, name=piece.entry.name)
+    _pwrite(target, data, piece.entry.begin + piece.begin)
+
+
+@torch.no_grad()
+def edit_in_place(tensor: Tensor, edit: ModuleEdit, matrix: Tensor | None = None, *, name: str = "") -> None:
+    """Edit a matrix or a bias in place, with one rounding to its dtype.
+
+    A plain or column-wise edit treats every column on its own, so only a block of columns is widened at a time; a
+    row-wise edit needs the whole matrix.
+
+    Args:
+        tensor: [d_out, d_in], or [d_out] for a bias, any floating dtype, on the CPU; overwritten.
+        edit: Of its module.
+        matrix: [d_out, d_in] before the edit, for a bias in row mode.
+        name: For the message.
+
+    Raises:
+        RunFailed: a result is not finite in the tensor's dtype.
+    """
+    columns = max(1, BLOCK // max(1, tensor.shape[0]))
+    whole = tensor.ndim == 1 or edit.mode == "row"
+    for block in (tensor,) if whole else torch.split(tensor, columns, dim=1):
+        block.copy_(edit_bias(block, edit, matrix) if block.ndim == 1 else edit_weight(block, edit))
+        if not torch.isfinite(block).all():
+            raise RunFailed(f"tensor {name!r} is not finite after the edit", valid=f"values that fit {tensor.dtype}")
