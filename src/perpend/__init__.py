@@ -1,0 +1,97 @@
+"""Directional ablation for open-weight language models: measured, edited, proven on the saved file.
+
+Everything here is loaded when it is first used, so that `import perpend` takes a few milliseconds and no tensors.
+The functions are the commands of the command line: `perpend.fit(...)` is `perpend fit ...`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from perpend._version import __version__
+
+if TYPE_CHECKING:
+    from perpend.config import Machine, Recipe
+    from perpend.config import load as load_recipe
+    from perpend.core.directions import Directions
+    from perpend.core.edits import Edit
+    from perpend.errors import GateFailed, Interrupted, MissingExtra, PerpendError, RunFailed, UsageError
+    from perpend.models.anatomy import Anatomy
+    from perpend.models.session import Session
+    from perpend.refs import DataRef, ModelRef
+    from perpend.tasks.apply import apply
+    from perpend.tasks.chat import chat
+    from perpend.tasks.config import config_init, config_show, config_validate
+    from perpend.tasks.demo import demo
+    from perpend.tasks.evaluate import eval
+    from perpend.tasks.fit import fit
+    from perpend.tasks.inspect import inspect
+    from perpend.tasks.ls import ls
+    from perpend.tasks.organism import organism as make_organism
+    from perpend.tasks.run import run
+
+__all__ = [
+    "Anatomy",
+    "DataRef",
+    "Directions",
+    "Edit",
+    "GateFailed",
+    "Interrupted",
+    "Machine",
+    "MissingExtra",
+    "ModelRef",
+    "PerpendError",
+    "Recipe",
+    "RunFailed",
+    "Session",
+    "UsageError",
+    "__version__",
+    "apply",
+    "chat",
+    "config_init",
+    "config_show",
+    "config_validate",
+    "demo",
+    "eval",
+    "fit",
+    "inspect",
+    "load_recipe",
+    "ls",
+    "make_organism",
+    "run",
+]
+
+_HOMES = {
+    "config": ("Machine", "Recipe", "load_recipe"),
+    "core.directions": ("Directions",),
+    "core.edits": ("Edit",),
+    "errors": ("GateFailed", "Interrupted", "MissingExtra", "PerpendError", "RunFailed", "UsageError"),
+    "models.anatomy": ("Anatomy",),
+    "models.session": ("Session",),
+    "refs": ("DataRef", "ModelRef"),
+    "tasks.apply": ("apply",),
+    "tasks.chat": ("chat",),
+    "tasks.config": ("config_init", "config_show", "config_validate"),
+    "tasks.demo": ("demo",),
+    "tasks.evaluate": ("eval",),
+    "tasks.fit": ("fit",),
+    "tasks.inspect": ("inspect",),
+    "tasks.ls": ("ls",),
+    "tasks.organism": ("make_organism",),
+    "tasks.run": ("run",),
+}
+_RENAMED = {"load_recipe": "load", "make_organism": "organism"}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'perpend' has no attribute '{name}'")
+    value = getattr(import_module(f"perpend.{_HOME[name]}"), _RENAMED.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

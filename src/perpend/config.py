@@ -58,10 +58,13 @@ class PromptsSection(_Section):
     baseline: str = "perpend:baseline"
     """Prompts that the model answers."""
     target_select: str | None = None
+    """Targets of the select split; None takes a share of `target`."""
     baseline_select: str | None = None
+    """Baselines of the select split; None takes a share of `baseline`."""
     target_report: str | None = None
+    """Targets of the report split; None takes a share of `target`."""
     baseline_report: str | None = None
-    """Separate sources for the other splits; with them, `target` and `baseline` are the fit split whole."""
+    """Baselines of the report split; None takes a share of `baseline`."""
     system: str | None = None
     """System prompt; None leaves it to the chat template."""
     limit: int | None = Field(default=None, ge=1)
@@ -72,6 +75,7 @@ class FitSection(_Section):
     """How the direction is measured."""
 
     method: Method = "mean"
+    """How the direction is made."""
     layer: Literal["auto", "each"] | Length = "auto"
     """auto: chosen by forward passes; each: every layer its own; else one layer, interpolated if not whole."""
     position: int = Field(default=-1, le=-1)
@@ -83,6 +87,7 @@ class FitSection(_Section):
     filter: bool = True
     """Fit only on targets that the model really refuses and baselines that it really answers."""
     strategy: Strategy = "accumulate"
+    """accumulate: measure once and edit every module; iterative: edit some, measure again, go on."""
     modules_per_batch: int = Field(default=2, ge=1)
     """Iterative strategy: modules edited between two measurements."""
 
@@ -91,6 +96,7 @@ class EditSection(_Section):
     """Which modules are edited and how strongly."""
 
     mode: Mode = "plain"
+    """How a direction v is taken out of a matrix W with the weight factor λ."""
     attention: Schedule = NormalKernel()
     """Weight factors of the attention out-projections (and of conv, state-space or linear-attention ones)."""
     mlp: Schedule = NormalKernel()
@@ -107,6 +113,7 @@ class EvalSection(_Section):
     """How replies are made and judged."""
 
     max_new_tokens: int = Field(default=128, ge=1)
+    """Length of a reply; shorter ones hide late refusals, so at least 128 for a rate that is reported."""
     sample: bool = False
     """Sample with the model's own generation settings instead of greedy decoding."""
     classifier: str = "NousResearch/Minos-v1"
@@ -134,6 +141,7 @@ class Recipe(_Section):
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
     seed: int = 0
+    """Seed of everything random."""
 
     def hash(self) -> str:
         """Return the first 16 hex digits of the SHA-256 of the recipe's canonical JSON."""
@@ -177,8 +185,11 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> Usage
     key = ".".join(part for part in path if part not in {"normal", "tent", "band", "constant", "list"})
     if first["type"] == "extra_forbidden":
         valid = keys(root)
-        siblings = [k for k in valid if k.rpartition(".")[0] == key.rpartition(".")[0]] or valid
-        return UsageError(f"unknown key '{key}'", where=where, valid=", ".join(siblings), hint=nearest(key, valid))
+        section, _, leaf = key.rpartition(".")
+        siblings = [k for k in valid if k.rpartition(".")[0] == section] if section else list(root.model_fields)
+        elsewhere = [k for k in valid if k.rpartition(".")[2] == leaf]
+        hint = nearest(key, elsewhere or valid) or nearest(leaf, siblings)
+        return UsageError(f"unknown key '{key}'", where=where, valid=", ".join(siblings or valid), hint=hint)
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     return UsageError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}{shown}", where=where)
@@ -281,15 +292,23 @@ def to_toml(data: Mapping[str, Any]) -> str:
     while tables:
         name, table = tables.pop(0)
         plain = {k: v for k, v in table.items() if not isinstance(v, Mapping) and v is not None}
-        if name and plain:
+        if name and (plain or not table):
             lines += ["", f"[{name}]"]
-        lines += [f"{k} = {_toml(v)}" for k, v in plain.items()]
-        inner = [(f"{name}.{k}" if name else k, v) for k, v in table.items() if isinstance(v, Mapping)]
+        lines += [f"{_toml_key(k)} = {_toml(v)}" for k, v in plain.items()]
+        path = f"{name}." if name else ""
+        inner = [(path + _toml_key(k), v) for k, v in table.items() if isinstance(v, Mapping)]
         tables = inner + tables
     return "\n".join(lines).strip() + "\n"
 
 
+def _toml_key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else _toml(key)
+
+
 def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

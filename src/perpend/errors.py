@@ -30,7 +30,8 @@ class PerpendError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line += f"; valid: {self.valid}" if self.valid else ""
-        line += f"; try: {self.hint}" if self.hint else ""
+        if self.hint:
+            line += f"; {self.hint}" if self.hint.startswith("did you mean") else f"; try: {self.hint}"
         return " ".join(line.split())
 
 

@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 
-CUT = 0.05
-"""Weight factors smaller than this in magnitude vanish when weights are rounded to bfloat16; they become 0."""
+CUT = 0.045
+"""Weight factors smaller than this in magnitude, those that read as less than 0.05, become 0: they vanish when weights
+are rounded to bfloat16."""
 
 
 def _as_length(value: object) -> object:
@@ -114,6 +115,7 @@ class Constant(_Schedule):
 
     kind: Literal["constant"] = "constant"
     weight: FiniteFloat = 1.0
+    """λ of every layer."""
 
     def weights(self, n_layers: int) -> list[float]:
         """Return λ of every layer: all the same."""
@@ -125,6 +127,7 @@ class PerLayer(_Schedule):
 
     kind: Literal["list"] = "list"
     values: tuple[FiniteFloat, ...]
+    """λ of each layer, as many as the model has."""
 
     def weights(self, n_layers: int) -> list[float]:
         """Return λ of every layer as written out.

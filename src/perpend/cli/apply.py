@@ -1,0 +1,50 @@
+"""`perpend apply`: write the edited model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import MACHINE_FLAGS, MAKE, RECIPE_FLAGS, Request, command
+from perpend.errors import UsageError
+
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Model, or the recipe.toml of an earlier run.", show_default=False)
+]
+
+
+@command(
+    "apply",
+    options=(
+        "output",
+        "edit",
+        "dry_run",
+        *RECIPE_FLAGS,
+        "mode",
+        "allow_leak",
+        "allow_partial",
+        "trust_remote_code",
+        *MACHINE_FLAGS,
+    ),
+    examples=("apply google/gemma-3-4b-it --edit edit -o out", "apply recipe.toml -o out --dry-run"),
+    panel=MAKE,
+)
+def apply(source: Source, *, request: Request) -> None:
+    """Write the edited model and prove it on the saved file.
+
+    The checkpoint's own files are copied and only the edited tensors change. What was saved is read back: a module
+    that misses its weight factor by more than 0.05 is an error, unless --allow-leak.
+    """
+    output, edit = request.output, request.edit
+    file = Path(source) if source.lower().endswith(".toml") else None
+    if file is not None and request["config"] is not None:
+        raise UsageError("two recipes", where="--config", hint=f"leave out --config or {source}")
+    recipe = request.recipe(None if file else source, file)
+    result = perpend.apply(
+        source, edit=edit, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+    )
+    request.out.result(result, render.summary)

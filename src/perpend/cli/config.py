@@ -1,0 +1,49 @@
+"""`perpend config`: show, write and check recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perpend
+from perpend.cli.options import FIT_FLAGS, LOOK, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS, Model, Request, command
+from perpend.cli.render import validated
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]
+_KEYS = (*RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, *REPLY_FLAGS, "allow_leak", "trust_remote_code")
+
+
+@command("show", options=_KEYS, examples=("config show", "config show --config recipe.toml --mode column --json"))
+def show(model: Model = None, *, request: Request) -> None:
+    """Print the effective recipe: defaults, then the file, then flags, then --set."""
+    shown = perpend.config_show(request.recipe(model, needs_model=False))
+    request.out.document(shown, shown.text)
+
+
+@command(
+    "init",
+    options=("output", *_KEYS),
+    examples=("config init -o recipe.toml", "config init google/gemma-3-4b-it -o recipe.toml --mode column"),
+)
+def init(model: Model = None, *, request: Request) -> None:
+    """Write a recipe in which every key has a comment; without --output, print it."""
+    output = request.optional_output
+    written = perpend.config_init(output, recipe=request.recipe(model, needs_model=False))
+    if output is None:
+        request.out.document(written, written.text)
+    else:
+        request.out.result(written, lambda data: iter([f"wrote {output}"]))
+
+
+@command("validate", examples=("config validate recipe.toml", "config validate recipe.toml --json"))
+def validate(file: File, *, request: Request) -> None:
+    """Check a recipe file: unknown keys, wrong values."""
+    request.out.result(perpend.config_validate(file), validated)
+
+
+app = typer.Typer(name="config", no_args_is_help=True, rich_markup_mode="rich", help="Show, write and check recipes.")
+for _command in (show, init, validate):
+    _command.add_to(app)
+PANEL = LOOK

@@ -1,0 +1,23 @@
+"""`perpend demo`: the whole way on a small model, without a network."""
+
+from __future__ import annotations
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import MACHINE_FLAGS, TRY, Request, command
+
+
+@command(
+    "demo",
+    options=("output", "config", "assignments", "seed", "limit", *MACHINE_FLAGS),
+    examples=("demo -o demo", "demo -o demo --limit 16 --json"),
+    panel=TRY,
+)
+def demo(*, request: Request) -> None:
+    """Go the whole way on a small model.
+
+    Teaches it to refuse, finds the direction, takes it out of the weights, and measures before and after.
+    """
+    output, recipe = request.output, request.recipe(needs_model=False)
+    result = perpend.demo(output=output, recipe=recipe, machine=request.machine(), limit=request["limit"])
+    request.out.result(result, render.summary)

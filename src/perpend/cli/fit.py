@@ -1,0 +1,35 @@
+"""`perpend fit`: measure directions and choose an edit."""
+
+from __future__ import annotations
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import (
+    FIT_FLAGS,
+    MACHINE_FLAGS,
+    MAKE,
+    PROMPT_FLAGS,
+    RECIPE_FLAGS,
+    Model,
+    Request,
+    command,
+)
+
+
+@command(
+    "fit",
+    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, "trust_remote_code", *MACHINE_FLAGS),
+    examples=("fit google/gemma-3-4b-it -o edit", "fit ./model -o edit --layer 53% --mode column --limit 64"),
+    panel=MAKE,
+)
+def fit(model: Model = None, *, request: Request) -> None:
+    """Measure the direction and write it as an edit.
+
+    The direction is the difference between target and baseline prompts in the residual stream. The weights are not
+    changed: `perpend apply` does that.
+    """
+    output, recipe = request.output, request.recipe(model)
+    result = perpend.fit(
+        recipe.model.id, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+    )
+    request.out.result(result, render.summary)

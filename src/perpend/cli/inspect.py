@@ -1,0 +1,23 @@
+"""`perpend inspect`: what can be edited in a model."""
+
+from __future__ import annotations
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import MACHINE_FLAGS, MEASURE, Model, Request, command
+
+
+@command(
+    "inspect",
+    options=("config", "assignments", "trust_remote_code", *MACHINE_FLAGS),
+    examples=("inspect google/gemma-3-4b-it", "inspect ./model --json"),
+    panel=MEASURE,
+)
+def inspect(model: Model = None, *, request: Request) -> None:
+    """Show what can be edited.
+
+    Lists the layers, the modules that write to the residual stream, and those that cannot be edited.
+    """
+    recipe = request.recipe(model)
+    result = perpend.inspect(recipe.model.id, recipe=recipe, machine=request.machine())
+    request.out.result(result, render.summary)

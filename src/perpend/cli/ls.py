@@ -1,0 +1,24 @@
+"""`perpend ls`: what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import LOOK, Request, command
+
+
+@command("ls", examples=("ls", "ls schedules --json"), panel=LOOK)
+def ls(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="KIND", help="methods, modes, schedules, judges or prompts.", show_default=False),
+    ] = None,
+    *,
+    request: Request,
+) -> None:
+    """List methods, modes, schedules, judges and prompts."""
+    request.out.result(perpend.ls(kind), render.listing)

@@ -1,0 +1,464 @@
+"""The options that commands share: declared once, turned into a recipe and a machine once.
+
+A flag that sets a key of the recipe says so by `key`; it lies over the recipe file and under `--set`. Values are
+checked by the recipe itself, so that the file and the flag accept the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from perpend.cli.output import Output
+from perpend.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from perpend.config import Machine, Recipe
+
+RECIPE, PROMPTS, EDIT, REPLIES = "Recipe", "Prompts", "Direction and edit", "Replies and judges"
+ALLOW, MACHINE, OUTPUT = "Exceptions", "Machine", "Output"
+MAKE, MEASURE, TRY, LOOK = "Edit a model", "Measure a model", "Try it without a model of your own", "Look up"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id (org/name or org/name@revision), directory or .gguf file; may come from the recipe.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option.
+
+    Attributes:
+        names: As typed, the long one first.
+        kind: Type of its value; bool for a switch.
+        help: What it does, one line.
+        panel: Group in the help.
+        key: Dotted key of the recipe that it sets.
+        machine: Key of the machine section that it sets.
+        value: What a switch writes to `key`.
+        default: The default as shown in the help; the recipe's own.
+        also: What is valid beside the names that the recipe lists.
+        metavar: What stands for the value in the help.
+    """
+
+    names: tuple[str, ...]
+    kind: Any
+    help: str
+    panel: str
+    key: str = ""
+    machine: str = ""
+    value: Any = True
+    default: str = ""
+    also: str = ""
+    metavar: str | None = None
+
+    def option(self) -> Any:
+        """Return the option as typer takes it."""
+        text = f"{self.help} \\[default: {self.default}]" if self.default else self.help
+        complete = self._completions if self.key and self.kind is not bool else None
+        return typer.Option(
+            *self.names,
+            help=text,
+            rich_help_panel=self.panel,
+            metavar=" " if self.kind is bool else self.metavar,
+            show_default=False,
+            autocompletion=complete,
+        )
+
+    def _completions(self, incomplete: str) -> list[str]:
+        from perpend.tasks.config import choices
+
+        return [choice for choice in choices(self.key) if choice.startswith(incomplete)]
+
+
+FLAGS: dict[str, Flag] = {
+    "output": Flag(
+        ("--output", "-o"), Path, "Where the result goes; must not exist or be empty.", OUTPUT, metavar="PATH"
+    ),
+    "config": Flag(("--config", "-c"), Path, "Recipe to start from (TOML).", RECIPE, metavar="FILE"),
+    "assignments": Flag(
+        ("--set",),
+        list[str],
+        "Set any key of the recipe, such as edit.mlp.peak_weight=0.8.",
+        RECIPE,
+        metavar="KEY=VALUE",
+    ),
+    "seed": Flag(("--seed",), int, "Seed of everything random.", RECIPE, key="seed", default="0", metavar="N"),
+    "target": Flag(
+        ("--target",),
+        str,
+        "Prompts that the model refuses.",
+        PROMPTS,
+        key="prompts.target",
+        default="perpend:target",
+        metavar="DATA",
+    ),
+    "baseline": Flag(
+        ("--baseline",),
+        str,
+        "Prompts that the model answers.",
+        PROMPTS,
+        key="prompts.baseline",
+        default="perpend:baseline",
+        metavar="DATA",
+    ),
+    "system": Flag(("--system",), str, "System prompt.", PROMPTS, key="prompts.system", metavar="TEXT"),
+    "limit": Flag(
+        ("--limit",),
+        int,
+        "At most this many prompts of each class and split.",
+        PROMPTS,
+        key="prompts.limit",
+        metavar="N",
+    ),
+    "method": Flag(
+        ("--method",),
+        str,
+        "How the direction is made: mean, projected, biprojected.",
+        EDIT,
+        key="fit.method",
+        default="mean",
+        metavar="NAME",
+    ),
+    "layer": Flag(
+        ("--layer",),
+        str,
+        "Where the direction is read: auto, each, a layer such as 18, a depth such as 53%.",
+        EDIT,
+        key="fit.layer",
+        default="auto",
+        metavar="LAYER",
+        also="a layer such as 18, a depth such as 53%",
+    ),
+    "no_filter": Flag(
+        ("--no-filter",),
+        bool,
+        "Fit on all prompts, not only on refused targets and answered baselines.",
+        EDIT,
+        key="fit.filter",
+        value=False,
+    ),
+    "strategy": Flag(
+        ("--strategy",),
+        str,
+        "accumulate: measure once, edit all; iterative: edit, measure again, go on.",
+        EDIT,
+        key="fit.strategy",
+        default="accumulate",
+        metavar="NAME",
+    ),
+    "modules_per_batch": Flag(
+        ("--modules-per-batch",),
+        int,
+        "Iterative strategy: modules edited between two measurements.",
+        EDIT,
+        key="fit.modules_per_batch",
+        default="2",
+        metavar="N",
+    ),
+    "mode": Flag(
+        ("--mode",),
+        str,
+        "How it is taken out of a matrix: plain, column, row.",
+        EDIT,
+        key="edit.mode",
+        default="plain",
+        metavar="NAME",
+    ),
+    "sample": Flag(
+        ("--sample",),
+        bool,
+        "Sample with the model's own settings instead of greedy decoding.",
+        REPLIES,
+        key="eval.sample",
+    ),
+    "max_new_tokens": Flag(
+        ("--max-new-tokens",),
+        int,
+        "Length of a reply; at least 128 for a rate that is reported.",
+        REPLIES,
+        key="eval.max_new_tokens",
+        default="128",
+        metavar="N",
+    ),
+    "classifier": Flag(
+        ("--classifier",),
+        str,
+        "Second judge beside the dictionary: hub id, directory, perpend:small or none.",
+        REPLIES,
+        key="eval.classifier",
+        default="NousResearch/Minos-v1",
+        metavar="NAME",
+    ),
+    "allow_leak": Flag(
+        ("--allow-leak",),
+        bool,
+        "Keep an export of which a module misses its weight factor.",
+        ALLOW,
+        key="export.allow_leak",
+    ),
+    "allow_partial": Flag(
+        ("--allow-partial",), bool, "Go on although some layer has no editable module.", ALLOW, key="edit.allow_partial"
+    ),
+    "trust_remote_code": Flag(
+        ("--trust-remote-code",),
+        bool,
+        "Run Python code that comes with the model.",
+        ALLOW,
+        key="model.trust_remote_code",
+    ),
+    "device": Flag(
+        ("--device",), str, "auto, cpu, cuda, cuda:1, mps.", MACHINE, machine="device", default="auto", metavar="NAME"
+    ),
+    "dtype": Flag(
+        ("--dtype",),
+        str,
+        "auto (the checkpoint's own), float32, bfloat16, float16.",
+        MACHINE,
+        machine="dtype",
+        default="auto",
+        metavar="NAME",
+    ),
+    "batch_size": Flag(
+        ("--batch-size",),
+        str,
+        "Prompts at a time, or auto.",
+        MACHINE,
+        machine="batch_size",
+        default="auto",
+        metavar="N",
+    ),
+    "edit": Flag(("--edit", "-e"), Path, "Edit made by `perpend fit`.", EDIT, metavar="FILE"),
+    "dry_run": Flag(("--dry-run",), bool, "Check everything that can be checked and say what would be done.", OUTPUT),
+    "json": Flag(("--json",), bool, "Print the result as JSON on stdout.", OUTPUT),
+    "quiet": Flag(("--quiet", "-q"), bool, "Print nothing but the path of what was written, and errors.", OUTPUT),
+    "verbose": Flag(("--verbose", "-v"), bool, "Also show what the libraries underneath have to say.", OUTPUT),
+    "debug": Flag(("--debug",), bool, "Print the traceback of an error.", OUTPUT),
+}
+
+EVERYWHERE = ("json", "quiet", "verbose", "debug")
+PROMPT_FLAGS = ("target", "baseline", "system", "limit")
+FIT_FLAGS = ("method", "layer", "strategy", "modules_per_batch", "no_filter", "mode", "allow_partial")
+REPLY_FLAGS = ("sample", "max_new_tokens", "classifier")
+RECIPE_FLAGS = ("config", "assignments", "seed")
+MACHINE_FLAGS = ("device", "dtype", "batch_size")
+
+
+class Request:
+    """What the user asked for: the values of the shared options.
+
+    Attributes:
+        out: Where results, notes and errors are printed.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+        style = "json" if values.get("json") else "quiet" if values.get("quiet") else "human"
+        self.out = Output(style, verbose=bool(values.get("verbose")), debug=bool(values.get("debug")))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    @cached_property
+    def output(self) -> Path:
+        """Where the result goes.
+
+        Raises:
+            UsageError: none was given, or something is there already.
+        """
+        path = self.optional_output
+        if path is None:
+            raise UsageError("no place for the result was given", where="--output", hint="-o out")
+        return path
+
+    @cached_property
+    def optional_output(self) -> Path | None:
+        """Where the result goes, None when it is only printed.
+
+        Raises:
+            UsageError: something is there already.
+        """
+        path: Path | None = self._values["output"]
+        if path is None:
+            return None
+        if path.is_dir() and any(path.iterdir()):
+            raise UsageError("the folder is not empty", where=str(path), hint=f"-o {path}-2, or remove it first")
+        if path.exists() and not path.is_dir():
+            raise UsageError("the file exists", where=str(path), hint=f"-o {path.with_stem(path.stem + '-2')}")
+        blocked = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+        if blocked is not None:
+            raise UsageError(f"{blocked} is a file, not a folder", where=str(path))
+        return path
+
+    @cached_property
+    def edit(self) -> Path | None:
+        """The edit file that was named, if any.
+
+        Raises:
+            UsageError: it is not there.
+        """
+        path: Path | None = self._values["edit"]
+        if path is not None and not path.exists():
+            raise UsageError("no such file", where=str(path), hint="perpend fit MODEL -o edit")
+        return path
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether only to say what would be done."""
+        return bool(self._values.get("dry_run"))
+
+    def recipe(self, model: str | None = None, file: Path | None = None, *, needs_model: bool = True) -> Recipe:
+        """Return the recipe: defaults, then the file, then flags, then `--set`.
+
+        Args:
+            model: The model as typed; None takes the recipe's.
+            file: A recipe named otherwise than by `--config`.
+            needs_model: Refuse a recipe without a model.
+
+        Raises:
+            UsageError: names the flag, or the file and the key, and what is valid.
+        """
+        from perpend.config import load
+        from perpend.refs import DataRef, ModelRef
+
+        base: dict[str, Any] = {}
+        for name, flag in FLAGS.items():
+            if flag.key and self._given(name):
+                _check(flag, value := self._value(name))
+                _put(base, flag.key, value)
+        if model is not None:
+            _put(base, "model.id", model)
+        recipe = load(file or self._values.get("config"), self._values.get("assignments") or (), base)
+        if recipe.model.id:
+            ModelRef.parse(recipe.model.id)
+        elif needs_model:
+            raise UsageError(
+                "no model given", where="MODEL", valid="org/name, org/name@revision, a directory, a .gguf file"
+            )
+        for data in (recipe.prompts.target, recipe.prompts.baseline) if "target" in self._values else ():
+            DataRef.parse(data)
+        return recipe
+
+    def machine(self) -> Machine:
+        """Return how it is run.
+
+        Raises:
+            UsageError: names the flag and what is valid.
+        """
+        from perpend.config import Machine, build
+
+        found: dict[str, Any] = {}
+        for name, flag in FLAGS.items():
+            if flag.machine and self._given(name):
+                found[flag.machine] = self._value(name)
+                build(Machine, {flag.machine: found[flag.machine]}, flag.names[0])
+        return build(Machine, found, "machine")
+
+    def _given(self, name: str) -> bool:
+        return self._values.get(name) not in (None, False)
+
+    def _value(self, name: str) -> Any:
+        return FLAGS[name].value if FLAGS[name].kind is bool else self._values[name]
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+    data[leaf] = value
+
+
+def _check(flag: Flag, value: Any) -> None:
+    """Check a flag's value alone, so that the complaint names the flag."""
+    from perpend.config import Recipe, build
+    from perpend.tasks.config import choices
+
+    data: dict[str, Any] = {}
+    _put(data, flag.key, value)
+    try:
+        build(Recipe, data, flag.names[0])
+    except UsageError as error:
+        valid = choices(flag.key)
+        if not valid:
+            raise UsageError(error.what.removeprefix(f"{flag.key}: "), where=flag.names[0]) from None
+        listed = ", ".join((*valid, flag.also) if flag.also else valid)
+        hint = nearest(str(value), valid)
+        raise UsageError(f"unknown value '{value}'", where=flag.names[0], valid=listed, hint=hint) from None
+
+
+def parameters(names: Iterable[str]) -> list[inspect.Parameter]:
+    """Return the shared options as keyword parameters that typer reads."""
+    found = []
+    for name in names:
+        flag = FLAGS[name]
+        default: Any = False if flag.kind is bool else None
+        kind = flag.kind if flag.kind is bool else flag.kind | None
+        annotation = Annotated[kind, flag.option()]
+        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return found
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program, before it is part of an application.
+
+    Attributes:
+        name: As typed.
+        run: Takes parsed values by name; what typer calls.
+        examples: Command lines for the help.
+        panel: Group in the list of commands.
+    """
+
+    name: str
+    run: Callable[..., None]
+    examples: tuple[str, ...]
+    panel: str | None
+
+    def add_to(self, app: typer.Typer) -> None:
+        """Register the command."""
+        lines = "\n\n".join(f"  [cyan]perpend {escape(example)}[/cyan]" for example in self.examples)
+        app.command(self.name, epilog=f"Examples\n\n{lines}", rich_help_panel=self.panel)(self.run)
+
+
+def command(
+    name: str, *, options: Iterable[str] = (), examples: tuple[str, ...], panel: str | None = None
+) -> Callable[[Callable[..., None]], Command]:
+    """Make a function a command that takes shared options.
+
+    The function's own parameters stay; its `request` parameter is filled with a `Request` of the shared options.
+
+    Args:
+        name: Name of the command.
+        options: Names of `FLAGS`, without those that every command has.
+        examples: Command lines for the help, without the leading `perpend`.
+        panel: Group in the list of commands.
+    """
+    names = [*options, *EVERYWHERE]
+
+    def make(function: Callable[..., None]) -> Command:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "request"]
+
+        def run(**values: Any) -> None:
+            request = Request({key: values.pop(key) for key in names})
+            with request.out.working():
+                function(**values, request=request)
+
+        shared = parameters(names)
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+        return Command(name, run, examples, panel)
+
+    return make

@@ -1,0 +1,33 @@
+"""`perpend organism`: a chat model taught to refuse, to try edits on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import MACHINE_FLAGS, TRY, Request, command
+
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Small chat model: hub id, directory or .gguf file.", show_default=False)
+]
+
+
+@command(
+    "organism",
+    options=("output", "dry_run", "config", "assignments", "seed", "limit", "trust_remote_code", *MACHINE_FLAGS),
+    examples=("organism HuggingFaceTB/SmolLM2-135M-Instruct -o organism", "organism ./model -o organism --limit 32"),
+    panel=TRY,
+)
+def organism(base: Base, *, request: Request) -> None:
+    """Teach a small chat model to refuse.
+
+    What an edit of such a model should undo is known, which makes it a test bed.
+    """
+    output, recipe = request.output, request.recipe(base)
+    result = perpend.make_organism(
+        base, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+    )
+    request.out.result(result, render.summary)

@@ -1,0 +1,168 @@
+"""The one place that prints: data on stdout, everything else on stderr; for people, for programs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from perpend.cli import errors
+from perpend.cli.text import printable, printable_json
+from perpend.errors import PerpendError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Style = Literal["human", "json", "quiet"]
+PIPED_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+_SILENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Result(Protocol):
+    """What every task returns: a frozen dataclass that can be written as JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain mappings, lists, strings and numbers."""
+
+
+Renderer = Callable[[dict[str, Any]], "Iterator[RenderableType]"]
+"""From a result's JSON to what a person reads."""
+
+
+class Output:
+    """Prints results, notes, progress and errors in the style that the user asked for.
+
+    Attributes:
+        style: human, json or quiet. Quiet prints the data of a result and nothing on stderr but errors.
+        verbose: Also tells what other libraries warn about.
+        debug: Also prints the traceback of an error.
+    """
+
+    def __init__(self, style: Style = "human", *, verbose: bool = False, debug: bool = False) -> None:
+        self.style, self.verbose, self.debug = style, verbose or debug, debug
+
+    def result(self, result: Result, render: Renderer) -> None:
+        """Print what a command found, on stdout."""
+        data = result.to_json()
+        if self.style == "json":
+            self._write(printable_json(json.dumps(_finite(data), ensure_ascii=False, indent=2)))
+        elif self.style == "quiet":
+            path = data.get("output")
+            if path:
+                self._write(printable(str(path)))
+        else:
+            console = _console(stderr=False)
+            with console.capture() as captured:
+                for part in render(data):
+                    console.print(part, markup=False, highlight=False)
+            self._write("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+    def document(self, result: Result, text: str) -> None:
+        """Print a result that is a text by nature, such as a recipe: the text alone, also when quiet."""
+        if self.style == "json":
+            self.result(result, lambda data: iter(()))
+        else:
+            self._write(printable(text), end="")
+
+    def text(self, text: str, *, end: str = "\n") -> None:
+        """Print data that is text by nature, such as a recipe or a reply, on stdout."""
+        self._write(printable(text), end=end)
+
+    def note(self, message: str) -> None:
+        """Tell one line on stderr, unless quiet."""
+        if self.style != "quiet":
+            _console(stderr=True).print(printable(message), markup=False, highlight=False, soft_wrap=True)
+
+    def error(self, error: BaseException) -> int:
+        """Tell an error on one line of stderr, with `--json` as JSON on stdout too; return the exit code."""
+        told = errors.explain(error)
+        if self.debug:
+            sys.stderr.write(printable("".join(traceback.format_exception(error))))
+        if self.style == "json":
+            self._write(printable_json(json.dumps(errors.to_json(told), ensure_ascii=False, indent=2)))
+        sys.stderr.write(f"perpend: {printable(_one_line(told))}\n")
+        sys.stderr.flush()
+        return told.exit_code
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Show progress, and keep other libraries off the terminal, inside the block."""
+        from perpend.cli import reporters
+        from perpend.progress import Reporter, reporting
+
+        with ExitStack() as stack:
+            if not self.verbose:
+                stack.enter_context(_others_silenced())
+            reporter: Reporter
+            if self.style == "quiet":
+                reporter = reporters.Quiet()
+            elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+                reporter = stack.enter_context(reporters.live(_console(stderr=True)))
+            else:
+                reporter = reporters.Lines(_stderr_line)
+            stack.enter_context(reporting(reporter))
+            yield
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
+
+
+def _stderr_line(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _one_line(error: PerpendError) -> str:
+    return " ".join(str(error).split())
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+@contextmanager
+def _others_silenced() -> Iterator[None]:
+    """Keep bars, warnings and log lines of other libraries off the terminal inside the block."""
+    for name, value in _SILENT.items():  # read by those libraries when they are first imported
+        os.environ.setdefault(name, value)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,45 @@
+"""`perpend run`: fit, apply and eval in one go."""
+
+from __future__ import annotations
+
+import perpend
+from perpend.cli import render
+from perpend.cli.options import (
+    FIT_FLAGS,
+    MACHINE_FLAGS,
+    MAKE,
+    PROMPT_FLAGS,
+    RECIPE_FLAGS,
+    REPLY_FLAGS,
+    Model,
+    Request,
+    command,
+)
+
+
+@command(
+    "run",
+    options=(
+        "output",
+        "dry_run",
+        *RECIPE_FLAGS,
+        *PROMPT_FLAGS,
+        *FIT_FLAGS,
+        *REPLY_FLAGS,
+        "allow_leak",
+        "trust_remote_code",
+        *MACHINE_FLAGS,
+    ),
+    examples=("run google/gemma-3-4b-it -o out", "run --config recipe.toml -o out --set edit.mlp.peak_weight=0.8"),
+    panel=MAKE,
+)
+def run(model: Model = None, *, request: Request) -> None:
+    """Fit, apply and eval in one go.
+
+    Writes the edited model, its measurements before and after, its card, and the recipe that made it.
+    """
+    output, recipe = request.output, request.recipe(model)
+    result = perpend.run(
+        recipe.model.id, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+    )
+    request.out.result(result, render.summary)

@@ -1,0 +1,193 @@
+"""The recipe as a document: shown, written with comments, checked."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from perpend.config import METHODS, MODES, Recipe, load, to_toml
+from perpend.core.schedule import KINDS
+from perpend.errors import UsageError
+
+_SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
+_DESCRIBED = {"fit.method": METHODS, "edit.mode": MODES}
+_EXAMPLES = {
+    **{f"prompts.{name}": "prompts.jsonl#column=text" for name in _SEPARATE},
+    "prompts.system": "You are a helpful assistant.",
+    "prompts.limit": 64,
+    "fit.winsorize": 0.995,
+}
+_HEAD = """\
+# A recipe of Perpend: what is done, and nothing about the machine it is done on.
+# Every key may be left out; what stands here are the defaults. Keys after a # are off unless given.
+# Check it with `perpend config validate FILE`, use it with `--config FILE`.
+
+"""
+
+
+@dataclass(frozen=True)
+class RecipeText:
+    """A recipe and how it is written.
+
+    Attributes:
+        recipe: The recipe, complete.
+        text: TOML.
+        source: File that was read, None when there was none.
+        output: File that was written, None when nothing was.
+    """
+
+    recipe: Recipe
+    text: str
+    source: Path | None = None
+    output: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe, its hash and the files."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "hash": self.recipe.hash(),
+            "source": str(self.source) if self.source else None,
+            "output": str(self.output) if self.output else None,
+        }
+
+
+def config_show(recipe: Recipe | None = None) -> RecipeText:
+    """Return the effective recipe, every key with its value.
+
+    Args:
+        recipe: The recipe; None shows the defaults.
+    """
+    recipe = recipe or Recipe()
+    return RecipeText(recipe, to_toml(recipe.model_dump(mode="json")))
+
+
+def config_init(output: Path | None = None, *, recipe: Recipe | None = None) -> RecipeText:
+    """Write a recipe in which every key has a comment.
+
+    Args:
+        output: File to write; None only returns the text.
+        recipe: The values; None takes the defaults.
+
+    Raises:
+        UsageError: the file exists already or cannot be written.
+    """
+    recipe = recipe or Recipe()
+    text = commented(recipe)
+    if output is not None:
+        if output.exists():
+            raise UsageError("the file exists", where=str(output), hint=f"-o {output.with_stem(output.stem + '-2')}")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror}", where=str(output)) from None
+    return RecipeText(recipe, text, output=output)
+
+
+def config_validate(path: Path) -> RecipeText:
+    """Check a recipe file.
+
+    Args:
+        path: The TOML file.
+
+    Raises:
+        UsageError: names the file, the key, and the nearest valid key.
+    """
+    recipe = load(path)
+    return RecipeText(recipe, to_toml(recipe.model_dump(mode="json")), source=path)
+
+
+def commented(recipe: Recipe) -> str:
+    """Return a recipe as TOML with the documentation of every key above it."""
+    lines = _HEAD.splitlines()
+    _section(recipe, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _section(section: BaseModel, prefix: str, lines: list[str], above: str = "") -> None:
+    """Append the plain keys of a section, then its inner sections: TOML wants tables last."""
+    fields = sorted(type(section).model_fields, key=lambda name: name != "kind")
+    values = {name: getattr(section, name) for name in fields}
+    inner = {name: value for name, value in values.items() if isinstance(value, BaseModel | Mapping)}
+    plain = {name: value for name, value in values.items() if name not in inner}
+    comments = documentation(type(section))
+    if prefix:
+        about = inspect.cleandoc(type(section).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        lines += ["", *_comment(above), *_comment(about), f"[{prefix}]"]
+    for name, value in plain.items():
+        key = f"{prefix}.{name}" if prefix else name
+        lines += _comment(comments.get(name, ""))
+        lines += [f"#   {choice}: {what}" for choice, what in _DESCRIBED.get(key, {}).items()]
+        if value is None:
+            lines.append("# " + to_toml({name: _EXAMPLES.get(key, "")}).strip())
+        else:
+            dumped = section.model_dump(mode="json")[name]
+            kind = type(section).model_fields[name].annotation
+            names = tuple(KINDS) if name == "kind" else get_args(kind) if get_origin(kind) is Literal else ()
+            listed = f"  # {', '.join(names)}" if names and key not in _DESCRIBED else ""
+            lines.append(to_toml({name: dumped}).strip() + listed)
+    for name, value in inner.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, BaseModel):
+            _section(value, key, lines, comments.get(name, ""))
+        else:
+            body = to_toml({prefix: {name: value}}).strip() if value else f"[{key}]"
+            lines += ["", *_comment(comments.get(name, "")), body]
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" if line else "#" for line in text.splitlines()]
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """Return the names that a key of the recipe accepts, empty when it is no matter of names."""
+    section: Any = Recipe
+    *path, leaf = key.split(".")
+    for part in path:
+        section = section.model_fields[part].annotation
+    return tuple(v for v in _literals(section.model_fields[leaf].annotation) if isinstance(v, str))
+
+
+def _literals(kind: Any) -> list[Any]:
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [value for part in get_args(kind) for value in _literals(part)]
+
+
+@lru_cache
+def documentation(section: type[BaseModel]) -> dict[str, str]:
+    """Return what the strings under the fields of a section say, inherited ones included."""
+    found: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        if cls.__module__.startswith("perpend."):
+            found |= _documented(sys.modules[cls.__module__]).get(cls.__name__, {})
+    return found
+
+
+@lru_cache
+def _documented(module: ModuleType) -> dict[str, dict[str, str]]:
+    tree = ast.parse(inspect.getsource(module))
+    return {node.name: _fields(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _fields(node: ast.ClassDef) -> dict[str, str]:
+    found = {}
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+            and isinstance(text.value.value, str)
+        ):
+            found[field.target.id] = inspect.cleandoc(text.value.value)
+    return found
