@@ -181,7 +181,7 @@ class DataRef:
             if not path.is_file():
                 raise UsageError("no such file", where=name)
             return cls("file", name, **options)
-        if path.exists():
+        if name and path.exists():
             raise UsageError("not a prompt file", where=name, valid=", ".join(SUFFIXES))
         hub, sign, revision = name.partition("@")
         if not _HUB_ID.fullmatch(hub) or (sign and not revision):

@@ -1,4 +1,4 @@
-"""A session's promises: residuals where they are said to be, results that do not depend on batches, edits that leave no trace."""
+"""A session: residuals where they are said to be, results that batches do not change, edits that leave no trace."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ class Chat:
         self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.bos: int | None = tokenizer.bos_token_id
         self._adds_bos = self.bos is not None and tokenizer("a").input_ids[:1] == [self.bos]
-        self._special = sorted({t for t in tokenizer.all_special_tokens if t}, key=len, reverse=True)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = sorted(added | {*tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
         raw = self._render([self.messages(Prompt("a"))])[0]
         self._closes = _close(raw) != raw
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,7 @@ def load_model(
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
         options = {"dtype": dtype, "device_map": places, "output_loading_info": True, **common}
         model, report = _attempt(where, auto.from_pretrained, source.path, **options)
+    _refuse_float16(config, model.dtype, where)  # a configuration need not say its dtype
     missing = sorted(report["missing_keys"])
     if missing:
         raise UsageError(
@@ -172,22 +173,29 @@ def _attempt(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _dtype(config: Any, machine: Machine, source: Resolved, where: str) -> torch.dtype | str:
-    """Return the dtype to load in.
+    """Return the dtype to load in: `auto` is the checkpoint's own."""
+    if machine.dtype != "auto":
+        dtype: Any = getattr(torch, machine.dtype)
+    elif source.gguf_file:
+        dtype = torch.bfloat16
+    else:
+        dtype = "auto"
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    _refuse_float16(config, own if dtype == "auto" else dtype, where)
+    return cast("torch.dtype | str", dtype)
+
+
+def _refuse_float16(config: Any, dtype: Any, where: str) -> None:
+    """Refuse float16 where the family's residuals overflow it.
 
     Raises:
-        UsageError: float16 where the family's residuals overflow it.
+        UsageError: says why.
     """
-    text = config.get_text_config()
-    own = getattr(text, "dtype", None) or getattr(config, "dtype", None)
-    dtype: Any = (
-        getattr(torch, machine.dtype) if machine.dtype != "auto" else torch.bfloat16 if source.gguf_file else own
-    )
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    kinds = (text.model_type, config.model_type)
-    if dtype == torch.float16 and any(kind.startswith(OVERFLOWS_IN_FLOAT16) for kind in kinds):
+    kinds = (config.get_text_config().model_type, config.model_type)
+    half = str(dtype).removeprefix("torch.") == "float16"
+    if half and any(kind.startswith(OVERFLOWS_IN_FLOAT16) for kind in kinds):
         reason = "its residual stream exceeds 65,504, the largest float16, and turns into infinities"
         raise UsageError(f"float16 cannot hold this model: {reason}", where=where, hint="--dtype bfloat16")
-    return dtype or "auto"
 
 
 def _placement(device: torch.device, machine: Machine, size: int, where: str) -> Any:

@@ -1,0 +1,120 @@
+"""References: what is parsed is printed back, what is wrong is one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perpend.errors import UsageError
+from perpend.refs import DataRef, ModelRef
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name", "revision"),
+    [
+        ("org/name", "hub", "org/name", None),
+        ("org/name@v1.0", "hub", "org/name", "v1.0"),
+        ("org/name@refs/pr/3", "hub", "org/name", "refs/pr/3"),
+        ("gpt2", "hub", "gpt2", None),
+    ],
+)
+def test_hub_models_are_parsed_and_printed_back(text: str, kind: str, name: str, revision: str | None) -> None:
+    ref = ModelRef.parse(text)
+    assert (ref.kind, ref.name, ref.revision) == (kind, name, revision)
+    assert str(ref) == text
+    assert ModelRef.parse(str(ref)) == ref
+
+
+def test_what_is_on_disk_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for text, kind in (("org/name", "dir"), (str(tmp_path), "dir"), ("a.gguf", "gguf"), ("./a.gguf", "gguf")):
+        ref = ModelRef.parse(text)
+        assert (ref.kind, str(ref)) == (kind, text)
+    assert ModelRef.parse("org/name").resolve().path == tmp_path / "org" / "name"
+    found = ModelRef.parse("a.gguf").resolve()
+    assert (found.path, found.gguf_file, found.revision) == (tmp_path, "a.gguf", None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "./none", "/no/where", "~/nowhere-at-all", "a/b/c", "org/name@", "a b", "x.gguf"]
+)
+def test_what_is_no_model_is_one_line(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        ModelRef.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weights_file_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match="neither a directory nor a GGUF file"):
+        ModelRef.parse(str(path))
+
+
+def test_a_hub_model_that_is_not_cached_is_one_line_when_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"^org/name@v1: .*cache") as caught:
+        ModelRef.parse("org/name@v1").resolve()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "perpend:target",
+        "perpend:baseline#split=report",
+        "org/set",
+        "org/set@main",
+        "org/set@abc#split=train[:400],column=text",
+        "set#split=test,column=goal,config=small",
+    ],
+)
+def test_data_references_are_printed_back(text: str) -> None:
+    ref = DataRef.parse(text)
+    assert str(ref) == text
+    assert DataRef.parse(str(ref)) == ref
+
+
+def test_data_options_are_read(tmp_path: Path) -> None:
+    ref = DataRef.parse("org/set@abc#split=train[:400],column=text")
+    assert (ref.kind, ref.name, ref.revision, ref.split, ref.column) == ("hub", "org/set", "abc", "train[:400]", "text")
+    path = tmp_path / "p.jsonl"
+    path.touch()
+    ref = DataRef.parse(f"{path}#column=goal,image=picture")
+    assert (ref.kind, ref.column, ref.image) == ("file", "goal", "picture")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("perpend:targets", "did you mean 'perpend:target'"),
+        ("none.jsonl", "no such file"),
+        ("org/set#colum=text", "did you mean 'column'"),
+        ("org/set#column", "no value"),
+        ("org/set#column=a,column=b", "twice"),
+        ("a b", "no data reference"),
+        ("", "no data reference"),
+    ],
+)
+def test_what_is_no_data_is_one_line(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        DataRef.parse(text)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").touch()
+    with pytest.raises(UsageError, match="not a prompt file"):
+        DataRef.parse(str(tmp_path / "a.docx"))
+
+
+def test_references_and_data_load_no_tensor_library() -> None:
+    code = "import sys, perpend.refs, perpend.data; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
