@@ -65,8 +65,7 @@ def realised(
         unit = inverse(geometry.norms)
         undone = read * unit / _row_scale(before, after, v * unit)
         read = read * unit
-        if gain is None:
-            takes = v @ (v * (unit > 0)).mT  # what λ = 1 takes out of A: all of it, unless rows are zero
+        takes = v @ (v * (unit > 0)).mT  # what λ = 1 takes out of A: all of it, unless rows are zero
     dot = lost_square = unit_square = whole = 0.0
     for _, (w, w_new) in blocks(before, after):
         old, new = read @ w, undone @ w_new

@@ -43,7 +43,7 @@ from perpend.errors import UsageError
 
 PARALLEL = 1e-6
 """A column or row of which less than this share of the squared norm survives is not rescaled."""
-BLOCK = 1024
+BLOCK = 64
 """Columns of a matrix that are widened to float64 at a time."""
 
 Factor = float | Tensor
@@ -217,7 +217,7 @@ class Geometry:
     def _of_columns(cls, weight: Tensor, v: Tensor) -> Geometry:
         parts = [((v @ w).square().sum(0), w.square().sum(0)) for _, (w,) in blocks(weight)]
         along, whole = (torch.cat(x) for x in zip(*parts, strict=True))
-        return cls(v, share=(along / torch.where(whole > 0, whole, 1.0)).clamp(max=1.0))
+        return cls(v, share=along / torch.where(whole > 0, whole, 1.0))
 
     @classmethod
     def _of_rows(cls, weight: Tensor, v: Tensor) -> Geometry:

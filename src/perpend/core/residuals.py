@@ -48,8 +48,8 @@ def winsorize(residuals: Tensor, q: float) -> Tensor:
 
 
 def top_share(vectors: Tensor, top: int = TOP) -> Tensor:
-    """Return the share of ‖r‖² that lies in the `top` largest dimensions: `[..., d]` to `[...]`, 0 for a zero r."""
-    square = vectors**2
+    """Return the share of ‖r‖² that lies in the `top` largest dimensions: `[..., d]` to float64 `[...]`."""
+    square = double(vectors) ** 2
     return square.topk(min(top, square.shape[-1]), dim=-1).values.sum(-1) / square.sum(-1).clamp(min=1e-300)
 
 

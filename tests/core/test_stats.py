@@ -1,0 +1,115 @@
+"""Intervals and tests against scipy and against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, spearmanr
+
+from perpend.core.stats import bootstrap_mean, cohen_kappa, mcnemar_exact, paired_bootstrap, spearman, wilson
+from perpend.errors import UsageError
+
+
+@given(data=st.data(), n=st.integers(1, 500))
+@settings(max_examples=100, deadline=None)
+def test_wilson_is_scipys(data, n):
+    k = data.draw(st.integers(0, n))
+    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("k", "n"), [(96, 100), (189, 200), (281, 300)])
+def test_the_smallest_counts_that_show_more_than_nine_in_ten(k, n):
+    assert wilson(k, n)[0] > 0.9
+    assert wilson(k - 1, n)[0] < 0.9
+
+
+def test_wilson_at_the_ends():
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == 1.0
+    assert wilson(96, 100, z=0) == (0.96, 0.96)
+    for k, n in [(-1, 10), (11, 10)]:
+        with pytest.raises(UsageError):
+            wilson(k, n)
+
+
+@given(b=st.integers(0, 60), c=st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_mcnemar_is_the_exact_binomial_test(b, c):
+    expected = binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
+    assert mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar_exact(0, 5) == 2 / 32
+    assert mcnemar_exact(0, 0) == 1.0
+    assert 0 <= mcnemar_exact(0, 5000) < 1e-300
+    with pytest.raises(UsageError):
+        mcnemar_exact(-1, 3)
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_theory_says():
+    x = np.random.default_rng(1).normal(3, 2, 400)
+    mean, low, high = bootstrap_mean(x)
+    assert mean == x.mean()
+    error = x.std() / 20
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert bootstrap_mean(x, level=0.5)[1] > low
+
+
+def test_bootstraps_are_reproducible_and_chunks_do_not_matter(monkeypatch):
+    x = list(np.random.default_rng(2).normal(size=50))
+    assert bootstrap_mean(x, 200, seed=3) == bootstrap_mean(x, 200, seed=3)
+    assert bootstrap_mean(x, 200, seed=3) != bootstrap_mean(x, 200, seed=4)
+    whole = bootstrap_mean(x, 200, seed=3)
+    monkeypatch.setattr("perpend.core.stats._CHUNK", 60 * 50)
+    assert bootstrap_mean(x, 200, seed=3) == pytest.approx(whole)
+
+
+def test_pairing_removes_what_the_prompts_have_in_common():
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(0, 10, 200)
+    a, b = prompts + rng.normal(0, 0.1, 200), prompts + 0.5 + rng.normal(0, 0.1, 200)
+    difference, low, high = paired_bootstrap(a, b)
+    assert low < 0.5 < high
+    assert high - low < 0.1
+    assert difference == pytest.approx(b.mean() - a.mean())
+    assert paired_bootstrap([1, 0, 1], [1, 0, 1]) == (0, 0, 0)
+    assert paired_bootstrap([0, 0], [1, 1]) == (1, 1, 1)
+
+
+def test_kappa_by_hand():
+    # 2 x 2: 20 both yes, 15 both no, 5 and 10 apart (Cohen's classic example): 0.4
+    a = ["yes"] * 20 + ["yes"] * 5 + ["no"] * 10 + ["no"] * 15
+    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert cohen_kappa(a, b) == pytest.approx(0.4)
+    assert cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
+    assert cohen_kappa([0, 1], [1, 0]) == -1
+    assert cohen_kappa(["a", "a"], ["a", "a"]) == 1
+    assert cohen_kappa(["a", "a"], ["a", "b"]) == 0
+
+
+def test_spearman_is_scipys():
+    a, b = [3.0, 1, 2, 2, 5], [1.0, 0, 3, 2, 9]
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bootstrap_mean([]),
+        lambda: bootstrap_mean([1.0, float("nan")]),
+        lambda: paired_bootstrap([1.0], [1.0, 2.0]),
+        lambda: cohen_kappa([], []),
+        lambda: cohen_kappa(["a"], []),
+        lambda: spearman([1.0], [1.0]),
+        lambda: spearman([1.0, 2.0], [1.0]),
+    ],
+)
+def test_misuse_is_told(call):
+    with pytest.raises(UsageError):
+        call()
