@@ -9,7 +9,8 @@ import typer
 
 import perpend
 from perpend.cli import render
-from perpend.cli.options import MACHINE_FLAGS, MAKE, RECIPE_FLAGS, Request, command
+from perpend.cli.flags import MACHINE_FLAGS, RECIPE_FLAGS
+from perpend.cli.options import MAKE, Request, command
 from perpend.errors import UsageError
 
 Source = Annotated[

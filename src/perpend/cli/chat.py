@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli.options import MACHINE_FLAGS, MEASURE, Model, Request, command
+from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli.options import MEASURE, Model, Request, command
 
 
 @command(

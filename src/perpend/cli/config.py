@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import perpend
-from perpend.cli.options import FIT_FLAGS, LOOK, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS, Model, Request, command
+from perpend.cli.flags import FIT_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
+from perpend.cli.options import LOOK, Model, Request, command
 from perpend.cli.render import validated
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]

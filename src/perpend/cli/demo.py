@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import render
-from perpend.cli.options import MACHINE_FLAGS, TRY, Request, command
+from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli.options import TRY, Request, command
 
 
 @command(

@@ -28,7 +28,7 @@ def explain(error: BaseException) -> PerpendError:
     for kind, row in _TABLE:
         if isinstance(error, kind):
             return row(error)
-    if type(error).__name__ in {"OutOfMemoryError", "MemoryError"}:
+    if type(error).__name__ in {"OutOfMemoryError", "MemoryError"} or "can't allocate memory" in str(error):
         return RunFailed("out of memory", hint="--batch-size 1, or fewer tokens or prompts")
     return RunFailed(f"unexpected {type(error).__name__}: {_first_line(error)}", hint=DEBUG_HINT)
 
@@ -50,7 +50,7 @@ def _interrupted(error: BaseException) -> PerpendError:
 
 def _parse(error: Any) -> PerpendError:
     """Turn a complaint of the command-line parser into one line with the nearest valid name."""
-    context = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)
     path = context.command_path.removeprefix("perpend").strip() if context else ""
     usage = f"perpend {path}".strip() + " --help"
     option = getattr(error, "option_name", None)

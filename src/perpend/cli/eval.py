@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import render
-from perpend.cli.options import (
-    MACHINE_FLAGS,
-    MEASURE,
-    PROMPT_FLAGS,
-    RECIPE_FLAGS,
-    REPLY_FLAGS,
-    Model,
-    Request,
-    command,
-)
+from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
+from perpend.cli.options import MEASURE, Model, Request, command
 
 
 @command(

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import render
-from perpend.cli.options import (
-    FIT_FLAGS,
-    MACHINE_FLAGS,
-    MAKE,
-    PROMPT_FLAGS,
-    RECIPE_FLAGS,
-    Model,
-    Request,
-    command,
-)
+from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
+from perpend.cli.options import MAKE, Model, Request, command
 
 
 @command(

@@ -22,6 +22,7 @@ from perpend.cli.ls import ls
 from perpend.cli.organism import organism
 from perpend.cli.output import Output
 from perpend.cli.run import run
+from perpend.errors import Interrupted
 
 COMMANDS = (run, fit, apply, evaluate, inspect, chat, demo, organism, ls)
 
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     code: Any = typer.main.get_command(app).main(arguments, prog_name="perpend", standalone_mode=False)
     sys.stdout.flush()
+    if code == Interrupted.exit_code:  # typer has swallowed Ctrl-C
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 

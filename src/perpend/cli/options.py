@@ -1,8 +1,4 @@
-"""The options that commands share: declared once, turned into a recipe and a machine once.
-
-A flag that sets a key of the recipe says so by `key`; it lies over the recipe file and under `--set`. Values are
-checked by the recipe itself, so that the file and the flag accept the same.
-"""
+"""What a command is: its own arguments, the flags it shares, and the request that they amount to."""
 
 from __future__ import annotations
 
@@ -16,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from perpend.cli.output import Output
+from perpend.cli.flags import EVERYWHERE, FLAGS, Flag
+from perpend.cli.output import Output, Style
 from perpend.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from perpend.config import Machine, Recipe
 
-RECIPE, PROMPTS, EDIT, REPLIES = "Recipe", "Prompts", "Direction and edit", "Replies and judges"
-ALLOW, MACHINE, OUTPUT = "Exceptions", "Machine", "Output"
 MAKE, MEASURE, TRY, LOOK = "Edit a model", "Measure a model", "Try it without a model of your own", "Look up"
 
 Model = Annotated[
@@ -36,226 +31,6 @@ Model = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One option.
-
-    Attributes:
-        names: As typed, the long one first.
-        kind: Type of its value; bool for a switch.
-        help: What it does, one line.
-        panel: Group in the help.
-        key: Dotted key of the recipe that it sets.
-        machine: Key of the machine section that it sets.
-        value: What a switch writes to `key`.
-        default: The default as shown in the help; the recipe's own.
-        also: What is valid beside the names that the recipe lists.
-        metavar: What stands for the value in the help.
-    """
-
-    names: tuple[str, ...]
-    kind: Any
-    help: str
-    panel: str
-    key: str = ""
-    machine: str = ""
-    value: Any = True
-    default: str = ""
-    also: str = ""
-    metavar: str | None = None
-
-    def option(self) -> Any:
-        """Return the option as typer takes it."""
-        text = f"{self.help} \\[default: {self.default}]" if self.default else self.help
-        complete = self._completions if self.key and self.kind is not bool else None
-        return typer.Option(
-            *self.names,
-            help=text,
-            rich_help_panel=self.panel,
-            metavar=" " if self.kind is bool else self.metavar,
-            show_default=False,
-            autocompletion=complete,
-        )
-
-    def _completions(self, incomplete: str) -> list[str]:
-        from perpend.tasks.config import choices
-
-        return [choice for choice in choices(self.key) if choice.startswith(incomplete)]
-
-
-FLAGS: dict[str, Flag] = {
-    "output": Flag(
-        ("--output", "-o"), Path, "Where the result goes; must not exist or be empty.", OUTPUT, metavar="PATH"
-    ),
-    "config": Flag(("--config", "-c"), Path, "Recipe to start from (TOML).", RECIPE, metavar="FILE"),
-    "assignments": Flag(
-        ("--set",),
-        list[str],
-        "Set any key of the recipe, such as edit.mlp.peak_weight=0.8.",
-        RECIPE,
-        metavar="KEY=VALUE",
-    ),
-    "seed": Flag(("--seed",), int, "Seed of everything random.", RECIPE, key="seed", default="0", metavar="N"),
-    "target": Flag(
-        ("--target",),
-        str,
-        "Prompts that the model refuses.",
-        PROMPTS,
-        key="prompts.target",
-        default="perpend:target",
-        metavar="DATA",
-    ),
-    "baseline": Flag(
-        ("--baseline",),
-        str,
-        "Prompts that the model answers.",
-        PROMPTS,
-        key="prompts.baseline",
-        default="perpend:baseline",
-        metavar="DATA",
-    ),
-    "system": Flag(("--system",), str, "System prompt.", PROMPTS, key="prompts.system", metavar="TEXT"),
-    "limit": Flag(
-        ("--limit",),
-        int,
-        "At most this many prompts of each class and split.",
-        PROMPTS,
-        key="prompts.limit",
-        metavar="N",
-    ),
-    "method": Flag(
-        ("--method",),
-        str,
-        "How the direction is made: mean, projected, biprojected.",
-        EDIT,
-        key="fit.method",
-        default="mean",
-        metavar="NAME",
-    ),
-    "layer": Flag(
-        ("--layer",),
-        str,
-        "Where the direction is read: auto, each, a layer such as 18, a depth such as 53%.",
-        EDIT,
-        key="fit.layer",
-        default="auto",
-        metavar="LAYER",
-        also="a layer such as 18, a depth such as 53%",
-    ),
-    "no_filter": Flag(
-        ("--no-filter",),
-        bool,
-        "Fit on all prompts, not only on refused targets and answered baselines.",
-        EDIT,
-        key="fit.filter",
-        value=False,
-    ),
-    "strategy": Flag(
-        ("--strategy",),
-        str,
-        "accumulate: measure once, edit all; iterative: edit, measure again, go on.",
-        EDIT,
-        key="fit.strategy",
-        default="accumulate",
-        metavar="NAME",
-    ),
-    "modules_per_batch": Flag(
-        ("--modules-per-batch",),
-        int,
-        "Iterative strategy: modules edited between two measurements.",
-        EDIT,
-        key="fit.modules_per_batch",
-        default="2",
-        metavar="N",
-    ),
-    "mode": Flag(
-        ("--mode",),
-        str,
-        "How it is taken out of a matrix: plain, column, row.",
-        EDIT,
-        key="edit.mode",
-        default="plain",
-        metavar="NAME",
-    ),
-    "sample": Flag(
-        ("--sample",),
-        bool,
-        "Sample with the model's own settings instead of greedy decoding.",
-        REPLIES,
-        key="eval.sample",
-    ),
-    "max_new_tokens": Flag(
-        ("--max-new-tokens",),
-        int,
-        "Length of a reply; at least 128 for a rate that is reported.",
-        REPLIES,
-        key="eval.max_new_tokens",
-        default="128",
-        metavar="N",
-    ),
-    "classifier": Flag(
-        ("--classifier",),
-        str,
-        "Second judge beside the dictionary: hub id, directory, perpend:small or none.",
-        REPLIES,
-        key="eval.classifier",
-        default="NousResearch/Minos-v1",
-        metavar="NAME",
-    ),
-    "allow_leak": Flag(
-        ("--allow-leak",),
-        bool,
-        "Keep an export of which a module misses its weight factor.",
-        ALLOW,
-        key="export.allow_leak",
-    ),
-    "allow_partial": Flag(
-        ("--allow-partial",), bool, "Go on although some layer has no editable module.", ALLOW, key="edit.allow_partial"
-    ),
-    "trust_remote_code": Flag(
-        ("--trust-remote-code",),
-        bool,
-        "Run Python code that comes with the model.",
-        ALLOW,
-        key="model.trust_remote_code",
-    ),
-    "device": Flag(
-        ("--device",), str, "auto, cpu, cuda, cuda:1, mps.", MACHINE, machine="device", default="auto", metavar="NAME"
-    ),
-    "dtype": Flag(
-        ("--dtype",),
-        str,
-        "auto (the checkpoint's own), float32, bfloat16, float16.",
-        MACHINE,
-        machine="dtype",
-        default="auto",
-        metavar="NAME",
-    ),
-    "batch_size": Flag(
-        ("--batch-size",),
-        str,
-        "Prompts at a time, or auto.",
-        MACHINE,
-        machine="batch_size",
-        default="auto",
-        metavar="N",
-    ),
-    "edit": Flag(("--edit", "-e"), Path, "Edit made by `perpend fit`.", EDIT, metavar="FILE"),
-    "dry_run": Flag(("--dry-run",), bool, "Check everything that can be checked and say what would be done.", OUTPUT),
-    "json": Flag(("--json",), bool, "Print the result as JSON on stdout.", OUTPUT),
-    "quiet": Flag(("--quiet", "-q"), bool, "Print nothing but the path of what was written, and errors.", OUTPUT),
-    "verbose": Flag(("--verbose", "-v"), bool, "Also show what the libraries underneath have to say.", OUTPUT),
-    "debug": Flag(("--debug",), bool, "Print the traceback of an error.", OUTPUT),
-}
-
-EVERYWHERE = ("json", "quiet", "verbose", "debug")
-PROMPT_FLAGS = ("target", "baseline", "system", "limit")
-FIT_FLAGS = ("method", "layer", "strategy", "modules_per_batch", "no_filter", "mode", "allow_partial")
-REPLY_FLAGS = ("sample", "max_new_tokens", "classifier")
-RECIPE_FLAGS = ("config", "assignments", "seed")
-MACHINE_FLAGS = ("device", "dtype", "batch_size")
-
-
 class Request:
     """What the user asked for: the values of the shared options.
 
@@ -265,7 +40,7 @@ class Request:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
-        style = "json" if values.get("json") else "quiet" if values.get("quiet") else "human"
+        style: Style = "json" if values.get("json") else "quiet" if values.get("quiet") else "human"
         self.out = Output(style, verbose=bool(values.get("verbose")), debug=bool(values.get("debug")))
 
     def __getitem__(self, name: str) -> Any:
@@ -367,7 +142,8 @@ class Request:
         return build(Machine, found, "machine")
 
     def _given(self, name: str) -> bool:
-        return self._values.get(name) not in (None, False)
+        value = self._values.get(name)
+        return value is not None and value is not False
 
     def _value(self, name: str) -> Any:
         return FLAGS[name].value if FLAGS[name].kind is bool else self._values[name]
@@ -404,8 +180,7 @@ def parameters(names: Iterable[str]) -> list[inspect.Parameter]:
     for name in names:
         flag = FLAGS[name]
         default: Any = False if flag.kind is bool else None
-        kind = flag.kind if flag.kind is bool else flag.kind | None
-        annotation = Annotated[kind, flag.option()]
+        annotation: Any = Annotated[flag.kind if flag.kind is bool else flag.kind | None, flag.option()]
         found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return found
 

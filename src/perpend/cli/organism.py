@@ -8,7 +8,8 @@ import typer
 
 import perpend
 from perpend.cli import render
-from perpend.cli.options import MACHINE_FLAGS, TRY, Request, command
+from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli.options import TRY, Request, command
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Small chat model: hub id, directory or .gguf file.", show_default=False)

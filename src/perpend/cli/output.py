@@ -71,7 +71,8 @@ class Output:
             with console.capture() as captured:
                 for part in render(data):
                     console.print(part, markup=False, highlight=False)
-            self._write("\n".join(line.rstrip() for line in captured.get().splitlines()))
+            if text := captured.get():
+                self._write("\n".join(line.rstrip() for line in text.splitlines()))
 
     def document(self, result: Result, text: str) -> None:
         """Print a result that is a text by nature, such as a recipe: the text alone, also when quiet."""

@@ -1,0 +1,199 @@
+"""Flags become the recipe and the machine: file < flags < --set, and nothing is loaded for what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from perpend.cli.flags import FLAGS
+from perpend.cli.main import COMMANDS, app
+from perpend.config import Machine, Recipe, keys, load
+
+
+def _value(recipe, key):
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.key])
+def test_a_flag_sets_a_key_that_exists_and_shows_the_default_of_the_recipe(name):
+    flag = FLAGS[name]
+    assert flag.key in keys(Recipe)
+    if flag.default:
+        assert flag.default == str(_value(Recipe(), flag.key))
+    elif flag.kind is bool:
+        assert _value(Recipe(), flag.key) is not flag.value
+    else:
+        assert _value(Recipe(), flag.key) is None
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.machine])
+def test_a_machine_flag_shows_the_default_of_the_machine(name):
+    assert FLAGS[name].default == str(getattr(Machine(), FLAGS[name].machine))
+
+
+def test_every_flag_is_used_and_every_name_typed_once():
+    root = typer.main.get_command(app)
+    used: set[str] = set()
+    for command in [*root.commands.values(), *root.commands["config"].commands.values()]:
+        typed = [name for p in command.params for name in p.opts]
+        assert len(typed) == len(set(typed))
+        used |= {p.name for p in command.params}
+    assert set(FLAGS) <= used
+
+
+VALUES = {
+    "seed": ("7", 7),
+    "target": ("perpend:baseline", "perpend:baseline"),
+    "baseline": ("perpend:target", "perpend:target"),
+    "system": ("Be brief.", "Be brief."),
+    "limit": ("5", 5),
+    "method": ("projected", "projected"),
+    "layer": ("18", 18.0),
+    "strategy": ("iterative", "iterative"),
+    "modules_per_batch": ("4", 4),
+    "mode": ("column", "column"),
+    "max_new_tokens": ("32", 32),
+    "classifier": ("none", "none"),
+}
+
+
+def test_every_flag_of_the_recipe_reaches_it(cli, task):
+    calls = task("run")
+    typed, expected = [], {}
+    for name, flag in FLAGS.items():
+        if flag.key:
+            text, value = (None, flag.value) if flag.kind is bool else VALUES[name]
+            typed += [flag.names[0], *([text] if text else [])]
+            expected[flag.key] = value
+    assert cli("run", "org/m", "-o", "out", *typed).code == 0
+    (args, kwargs) = calls[0]
+    assert args == ("org/m",)
+    assert kwargs["output"] == Path("out")
+    assert {key: _value(kwargs["recipe"], key) for key in expected} == expected
+    assert kwargs["recipe"].model.id == "org/m"
+    assert kwargs["machine"] == Machine()
+
+
+def test_without_flags_the_recipe_is_the_default_one(cli, task):
+    calls = task("run")
+    cli("run", "org/m", "-o", "out")
+    assert calls[0][1]["recipe"] == load(base={"model": {"id": "org/m"}})
+
+
+def test_the_file_is_under_the_flags_and_the_flags_under_set(cli, task, tmp_path):
+    calls = task("run")
+    (tmp_path / "r.toml").write_text(
+        'seed = 1\n[model]\nid = "org/file"\n[fit]\nrank = 3\n[eval]\nmax_new_tokens = 1\n'
+    )
+    cli("run", "-c", "r.toml", "-o", "out", "--max-new-tokens", "2", "--seed", "2", "--set", "seed=3")
+    recipe = calls[0][1]["recipe"]
+    assert (recipe.model.id, recipe.fit.rank, recipe.eval.max_new_tokens, recipe.seed) == ("org/file", 3, 2, 3)
+    cli("run", "org/typed", "-c", "r.toml", "-o", "out")
+    assert calls[1][0] == ("org/typed",)
+    assert calls[1][1]["recipe"].model.id == "org/typed"
+
+
+def test_zero_is_a_value(cli, task, tmp_path):
+    calls = task("run")
+    (tmp_path / "r.toml").write_text("seed = 1\n")
+    cli("run", "org/m", "-c", "r.toml", "-o", "out", "--seed", "0")
+    assert calls[0][1]["recipe"].seed == 0
+
+
+def test_the_machine_is_apart_from_the_recipe(cli, task):
+    calls = task("inspect")
+    cli("inspect", "org/m", "--device", "cpu", "--dtype", "float32", "--batch-size", "4")
+    assert calls[0][1]["machine"] == Machine(device="cpu", dtype="float32", batch_size=4)
+    assert calls[0][1]["recipe"] == load(base={"model": {"id": "org/m"}})
+
+
+def test_apply_takes_a_recipe_as_its_source(cli, task, tmp_path):
+    calls = task("apply")
+    (tmp_path / "recipe.toml").write_text('[model]\nid = "org/file"\n[edit]\nmode = "row"\n')
+    cli("apply", "recipe.toml", "-o", "out", "--dry-run")
+    args, kwargs = calls[0]
+    assert args == ("recipe.toml",)
+    assert (kwargs["recipe"].model.id, kwargs["recipe"].edit.mode, kwargs["dry_run"]) == ("org/file", "row", True)
+    said = cli("apply", "recipe.toml", "-o", "out", "--config", "recipe.toml")
+    assert said.code == 2
+    assert "two recipes" in said.err
+
+
+@pytest.mark.parametrize("command", ["fit", "apply", "run", "organism", "eval"])
+def test_what_exists_is_not_written_over(cli, task, tmp_path, command):
+    calls = task("make_organism" if command == "organism" else command)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "full/kept.txt", "full/kept.txt/below"):
+        said = cli(command, "org/m", "-o", name)
+        assert said.code == 2
+        assert name in said.err
+    assert not calls
+    assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
+    assert cli(command, "org/m", "-o", "empty").code == 0
+    assert cli(command, "org/m", "-o", "new/folder").code == 0
+    assert len(calls) == 2
+
+
+def test_a_full_folder_is_refused_before_anything_loads(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine")
+    program = (
+        "import sys; from perpend.cli.main import main; code = main(['run', 'org/m', '-o', 'full']);"
+        "sys.exit(90 if {'torch', 'transformers'} & set(sys.modules) else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "not empty" in done.stderr
+
+
+def test_every_command_has_two_examples_that_parse():
+    root = typer.main.get_command(app)
+    named = {command.name: (root.commands[command.name], command.examples) for command in COMMANDS}
+    from perpend.cli import config
+
+    sub = root.commands["config"].commands
+    named |= {f"config {c.name}": (sub[c.name], c.examples) for c in (config.show, config.init, config.validate)}
+    assert len(named) == 12
+    for name, (command, examples) in named.items():
+        assert len(examples) >= 2
+        for example in examples:
+            words = example.split()
+            assert words[: len(name.split())] == name.split()
+            command.make_context(name, words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"]])
+def test_help_is_readable_at_eighty_columns(cli, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = cli(*path, "--help")
+    assert said.code == 0
+    assert said.err == ""
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert said.out == cli(*path, "-h").out
+    if path != ["config"]:
+        assert "Examples" in said.out
+
+
+def test_nothing_typed_shows_the_help(cli):
+    assert cli().out == cli("--help").out
+    assert cli("config").code == 0
+
+
+def test_version(cli):
+    from perpend import __version__
+
+    assert cli("--version").out == f"perpend {__version__}\n"
+
+
+def test_names_are_completed():
+    flag = FLAGS["mode"]
+    assert flag._completions("c") == ["column"]
+    assert FLAGS["method"]._completions("") == ["mean", "projected", "biprojected"]

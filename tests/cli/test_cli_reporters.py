@@ -1,0 +1,95 @@
+"""Progress off a terminal is a few plain lines; on one it is a live display that leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from perpend.cli.reporters import EVERY, Lines, Live, per_second
+from perpend.progress import reporting, track
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_short_task_is_two_lines():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for _ in track(range(4), "generate"):
+            clock.now += 0.5
+    assert lines == ["generate: 4 to do", "generate: 4 in 2.0 s"]
+
+
+def test_a_long_task_says_rate_and_time_left_at_most_every_fifteen_seconds():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for _ in track(range(100), "generate"):
+            clock.now += 1
+    assert lines[1] == "generate: 15 of 100, 1.0/s, 1 min 25 s left"
+    assert len(lines) == 2 + 100 // EVERY
+
+
+def test_tasks_inside_a_task_are_silent_unless_they_are_long():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for _ in track(range(3), "trials"):
+            for _ in track(range(5), "score"):
+                clock.now += 1
+    assert [line for line in lines if line.startswith("score")] == [
+        "score: 5 of 5, 1.0/s, 0 ms left",
+        "score: 5 in 5.0 s",
+    ]
+    assert next(line for line in lines if line.startswith("trials")) == "trials: 3 to do"
+
+
+def test_a_task_that_was_broken_off_says_so():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for step in track(range(10), "fit"):
+            if step == 4:
+                break
+    assert lines[-1].startswith("fit: stopped at 4 of 10")
+
+
+def test_a_task_of_unknown_length_and_batches_count_right():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for _ in track(iter([[1, 2], [3]]), "read", size=len):
+            clock.now += 10
+    assert lines == ["read: started", "read: 3, 9.0/min", "read: 3 in 20.0 s"]
+
+
+def test_rates_read_well():
+    assert [per_second(r) for r in (120.4, 3.21, 0.1, 0)] == ["120/s", "3.2/s", "6.0/min", "0.0/s"]
+
+
+def test_the_live_display_leaves_one_line_per_long_task_and_a_visible_cursor():
+    stream, clock = io.StringIO(), Clock()
+    live = Live(Console(file=stream, force_terminal=True, width=80, no_color=True), clock)
+    with reporting(live):
+        for _ in track(range(3), "long [bold]"):
+            for _ in track(range(2), "inner"):
+                clock.now += 1
+        for _ in track(range(3), "short"):
+            pass
+        live.note("a note \x1b[2J")
+    text = stream.getvalue()
+    assert "long [bold]: 3 in 6.0 s" in text
+    assert "short: 3" not in text
+    assert "a note \\x1b[2J" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_handle_that_was_closed_is_ignored():
+    clock = Clock()
+    for reporter in (Lines(lambda line: None, clock), Live(Console(file=io.StringIO()), clock)):
+        task = reporter.start("x", 2)
+        reporter.finish(task)
+        reporter.advance(task)
+        reporter.finish(task)
