@@ -250,6 +250,20 @@ def test_the_same_anatomy_in_bfloat16_and_without_weights(family):
     assert Anatomy.of(model.to("meta")) == anatomy
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mixtral", "gemma2"])
+def test_the_same_anatomy_of_an_offloaded_model(family, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = pico.build(family)
+    anatomy = Anatomy.of(model)
+    gains = [anatomy.post_norm_gain(model, writer) for writer in anatomy.writers]
+    offloaded = accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert all(p.device.type == "meta" for p in offloaded.parameters())
+    assert Anatomy.of(offloaded) == anatomy
+    for writer, gain in zip(anatomy.writers, gains, strict=True):
+        if gain is not None:
+            torch.testing.assert_close(anatomy.post_norm_gain(offloaded, writer), gain)
+
+
 def test_a_gain_is_refused_without_weights():
     model = pico.build("gemma2").to("meta")
     anatomy = Anatomy.of(model)
@@ -378,7 +392,7 @@ def test_a_model_that_cannot_be_probed_is_taken_as_described():
         raise NotImplementedError("needs an image")
 
     model.forward = broken
-    with pytest.raises(UsageError, match="Tower: a forward pass over 4 tokens failed .*needs an image"):
+    with pytest.raises(UsageError, match=r"Tower: a forward pass over 4 tokens failed .*needs an image"):
         Anatomy.of(model)
     overrides = {
         "layers": "blocks",

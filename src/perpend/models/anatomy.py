@@ -73,7 +73,7 @@ class Anatomy:
         layers: Path of the list of decoder layers; of the text tower where there are several.
         n_layers: Length of that list.
         hidden_size: Width of the residual stream (d).
-        writers: By layer, then in the order in which the layer holds them.
+        writers: By layer, then in the order in which they run.
         gaps: What writes and cannot be edited; empty when all is accounted for.
         architecture: Class of the model, for messages.
     """
@@ -203,16 +203,21 @@ class Anatomy:
 
 def _gain(norm: nn.Module, size: int) -> Tensor:
     tensors = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
-    if any(t.device.type == "meta" for t in tensors.values()):
+    away = any(t.device.type == "meta" for t in tensors.values())
+    if away and not hasattr(norm, "_hf_hook"):
         raise UsageError("the gain of a norm needs its weights in memory", where=type(norm).__name__)
-    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    device = next((t.device for t in tensors.values() if not away), torch.device("cpu"))
     single = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     signs = torch.where(order % 2 == 0, 1.0, -1.0).to(device)
 
     def push(scale: float) -> Tensor:
-        pushed = torch.func.functional_call(norm, single, ((signs * scale).reshape(1, 1, size),))
-        return torch.as_tensor(pushed).float().reshape(size)
+        probe = (signs * scale).reshape(1, 1, size)
+        if away:  # offloaded: called as it is, in its own dtype
+            pushed = norm(probe.to(next(iter(tensors.values())).dtype))
+        else:
+            pushed = torch.func.functional_call(norm, single, (probe,))
+        return torch.as_tensor(pushed).float().to(device).reshape(size)
 
     with torch.no_grad():
         near, far = ((push(k) - push(-k)) / 2 * signs for k in (1.0, 64.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -36,38 +38,59 @@ def orient(module: nn.Module, call: Call, width: int) -> tuple[str, str | None, 
     parameters = dict(module.named_parameters(recurse=False))
     if any(p.device.type == "meta" for p in parameters.values()):
         return _declared(module)
-    hits = [
+    floats = {name: p for name, p in parameters.items() if p.is_floating_point()}
+    matrices = [
         (name, axis)
-        for name, p in parameters.items()
-        if p.is_floating_point()
-        for axis in range(max(0, p.dim() - 2), p.dim())
-        if p.shape[axis] == width and _answers(module, call, name, axis)
+        for name, p in floats.items()
+        for axis in range(p.dim() - 2, p.dim())
+        if p.dim() >= 2
+        and p.shape[axis] == width
+        and _answers(module, call, name, axis, [other for other, q in floats.items() if q.dim() < p.dim()])
     ]
-    depth = max((parameters[name].dim() for name, _ in hits), default=0)
-    matrices = [(name, axis) for name, axis in hits if parameters[name].dim() == depth >= 2]
+    depth = max((floats[name].dim() for name, _ in matrices), default=0)
+    matrices = [(name, axis) for name, axis in matrices if floats[name].dim() == depth]  # the rest are experts' biases
     if len(matrices) != 1:
         many = "more than one matrix writes" if matrices else "no matrix found that it applies last"
         raise UsageError(f"{type(module).__name__}: {many}")
-    bias = [name for name, _ in hits if parameters[name].dim() == depth - 1]
-    return matrices[0][0], bias[0] if bias else None, matrices[0][1]
+    matrix, axis = matrices[0]
+    shape = floats[matrix].shape
+    biases = [
+        name
+        for name, p in floats.items()
+        if p.shape == (*shape[:-2], width) and _answers(module, call, name, p.dim() - 1, [matrix])
+    ]
+    return matrix, biases[0] if biases else None, axis
 
 
-def _answers(module: nn.Module, call: Call, name: str, axis: int) -> bool:
-    """Whether marking one channel of a parameter along `axis` moves that channel of the output and no other."""
-    parameter = module.get_parameter(name)
-    shape = [1 if parameter.dim() == 3 and k == 0 else n for k, n in enumerate(parameter.shape)]
-    mark = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    mark.select(axis, _MARKED).fill_(1)
+def _answers(module: nn.Module, call: Call, name: str, axis: int, silent: Sequence[str]) -> bool:
+    """Whether marking one channel of a parameter along `axis` moves that channel of the output and no other.
+
+    The `silent` parameters are zero meanwhile, so that nothing large hides the answer in low precision.
+    """
+    marked = _one_of(module.get_parameter(name))
+    marked.select(axis, _MARKED).fill_(1)
+    zeros = {other: _one_of(module.get_parameter(other)) for other in silent}
     with torch.no_grad():
-        none, once, twice = (_written(module, call, name, (mark * k).expand(parameter.shape)) for k in (0, 1, 2))
+        none, once, twice = (_written(module, call, {**zeros, name: marked * k}) for k in (0, 1, 2))
     move = (once - none).abs().amax(0)
     others = torch.cat([move[:_MARKED], move[_MARKED + 1 :]])
     alone = bool(move[_MARKED] > 0) and bool(others.max() <= 1e-3 * move[_MARKED])
     return alone and bool(((twice - none) - 2 * (once - none)).abs().max() <= _CLEAN * move[_MARKED])
 
 
-def _written(module: nn.Module, call: Call, name: str, value: Tensor) -> Tensor:
-    output = stream(torch.func.functional_call(module, {name: value}, call.args, call.kwargs))
+def _one_of(parameter: Tensor) -> Tensor:
+    """Return zeros of a parameter's shape, dtype and device, with a single expert that stands for all."""
+    return torch.zeros_like(parameter[:1] if parameter.dim() == 3 else parameter, requires_grad=False)
+
+
+def _written(module: nn.Module, call: Call, parameters: dict[str, Tensor]) -> Tensor:
+    """Call a module with other parameters; return float64 rows `[n, d]`."""
+    full = {name: value.expand(module.get_parameter(name).shape) for name, value in parameters.items()}
+    try:
+        output = stream(torch.func.functional_call(module, full, call.args, call.kwargs))
+    except RuntimeError:  # a kernel that wants every expert in memory
+        full = {name: value.contiguous() for name, value in full.items()}
+        output = stream(torch.func.functional_call(module, full, call.args, call.kwargs))
     if output is None:
         raise UsageError(f"{type(module).__name__}: returns no tensor")
     return output.double().reshape(-1, output.shape[-1])

@@ -21,6 +21,8 @@ from perpend.models.sequence import TOKENS, Call, decoder_layers, hooked, in_mem
 
 TOLERANCE = 0.05
 """Relative remainder below which a gradient counts as a multiple of the one that was sent in; generous for bfloat16."""
+CHANGED = 0.03
+"""Relative change of a row that counts as one: far above rounding, far below what a token does to another."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +372,7 @@ def _mixing(
         group = next((twins for twins in groups.values() if path in twins), [path])
         before, after = (torch.cat([r[p] for p in group if p in r]) for r in rows)
         distance = torch.cdist(after, before).amin(1)
-        share = (distance > 5e-3 * after.norm(dim=1)).double().mean()
+        share = (distance > CHANGED * after.norm(dim=1)).double().mean()
         result[path] = bool(share > 1.5 / TOKENS)
     return result
 

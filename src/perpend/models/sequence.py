@@ -120,8 +120,7 @@ def probe_tokens(model: nn.Module) -> Tensor:
     vocabulary = int(getattr(text_config(model), "vocab_size", None) or _embedding(model).shape[0])
     ids = [i for i in range(vocabulary // 5, vocabulary) if i not in special] or [0]
     step = max(1, len(ids) // (TOKENS + 1))
-    real = [p.device for p in model.parameters() if p.device.type != "meta"]
-    device = real[0] if real else torch.device("meta")
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return torch.tensor([[ids[(k * step) % len(ids)] for k in range(TOKENS)]], device=device)
 
 
@@ -217,11 +216,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def in_memory(model: nn.Module) -> nn.Module:
     """Return the model itself, or for one on the meta device a float32 stand-in on the CPU with random weights.
 
-    Parameters of one shape share their storage, and so do all experts of a tensor: the stand-in of a model of any
-    depth takes the memory of one layer and the embeddings.
+    An offloaded model is returned as it is, although its parameters are on the meta device between calls. In the
+    stand-in, parameters of one shape share their storage, and so do all experts of a tensor: whatever the depth of the
+    model, it takes the memory of one layer and the embeddings.
     """
     parameters = list(model.parameters())
-    if not parameters or any(p.device.type != "meta" for p in parameters):
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not parameters or offloaded or any(p.device.type != "meta" for p in parameters):
         return model
     generator = torch.Generator().manual_seed(0)
     made: dict[tuple[int, ...], Tensor] = {}
