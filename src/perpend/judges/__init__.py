@@ -1,0 +1,1 @@
+"""Judges: a word list, sequence classifiers, and the panel that lets neither speak alone."""
