@@ -2,8 +2,8 @@
 
     python bench/startup.py [repetitions]
 
-Prints the median and the fastest of the wall times and the processor time of the fastest run. The fastest is held
-against the budget: a busy machine only makes a run slower.
+Prints the median and the fastest of the wall times and the least processor time. The processor time is held against
+the budget: starting waits for nothing, and a busy machine stretches the wall time of any run.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> int:
     print(f"{'':22}{'median':>8}{'fastest':>9}{'cpu':>8}")
     for name, arguments in CASES.items():
         runs = sorted(once(arguments) for _ in range(repetitions))
-        fastest, cpu = runs[0]
-        over = over or (name in HELD and fastest > BUDGET)
+        fastest, cpu = runs[0][0], min(c for _, c in runs)
+        over = over or (name in HELD and cpu > BUDGET)
         print(f"{name:22}{statistics.median(w for w, _ in runs):7.3f}s{fastest:8.3f}s{cpu:7.3f}s")
     print(f"budget {BUDGET} s for {' and '.join(HELD)}: {'exceeded' if over else 'kept'}")
     return int(over)

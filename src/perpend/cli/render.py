@@ -63,7 +63,12 @@ def change(before: Any, after: Any) -> Text:
 def facts(title: str, pairs: Mapping[str, Any]) -> Table:
     """Return names and values in two columns, without those that are None."""
     made = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+        title=Text(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
     )
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")

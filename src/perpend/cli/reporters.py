@@ -152,11 +152,11 @@ class Live:
         if step is None:
             return
         self._progress.remove_task(TaskID(task))
-        now = self._clock()
-        if step.outermost and now - step.began >= BRIEF:
-            self._console.print(step.closing(now), style="dim", markup=False, highlight=False)
         if not self._steps:
             self._progress.stop()
+        now = self._clock()
+        if step.outermost and now - step.began >= BRIEF:
+            self._console.print(Text(step.closing(now), style="dim"))
 
     def note(self, message: str) -> None:
         """Tell one line, above the bars."""
