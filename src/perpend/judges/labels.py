@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
 
 
 class Label(StrEnum):
@@ -53,3 +55,26 @@ class Verdict:
     p: float | None
     reason: str
     judge: str
+
+
+class RefusalClassifier(Protocol):
+    """A judge that gives the probability of refusal.
+
+    Attributes:
+        name: Name, as reported.
+    """
+
+    name: str
+
+    def refusal_probability(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return the probability that each reply refuses its request.
+
+        Args:
+            pairs: Requests and replies; reasoning blocks are taken off by the caller.
+
+        Returns:
+            One number from 0 to 1 per pair, in order; NaN where the classifier could not judge.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return which classifier this is, fit for JSON: name, revision and what else fixes its answers."""
