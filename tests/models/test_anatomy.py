@@ -314,10 +314,12 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         past = self.norm(hidden).cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[:, None]
         hidden = hidden + self.mix(past)
-        normed = self.norm(hidden)
+        normed = self.norm(hidden)  # for "post" this is the residual itself
         if self.kind == "raw":
             return hidden + normed @ self.raw
         written = self.outer(F.gelu(self.inner(normed)))
+        if self.kind == "post":
+            return self.norm(self.norm(hidden) + written)
         if self.kind == "gated":
             return hidden + torch.sigmoid(self.gate(normed)) * written
         if self.kind == "experts":
@@ -356,6 +358,12 @@ def test_experts_that_no_token_reaches_are_found_by_their_siblings():
         *(f"blocks.0.experts.{k}.2" for k in range(4)),
     ]
     assert {w.role for w in anatomy.writers} == {"attention_out", "expert_down"}
+
+
+def test_a_norm_of_the_whole_residual_is_no_post_norm():
+    anatomy = Anatomy.of(Tower("post", "post"))
+    assert anatomy.gaps == ()
+    assert [(w.name, w.post_norm) for w in anatomy.writers[:2]] == [("blocks.0.mix", None), ("blocks.0.outer", None)]
 
 
 def test_what_is_written_past_all_modules_is_a_gap():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,37 +123,54 @@ def _owners(layer: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in owning.items() if not any(other.startswith(n + ".") for other in owning)}
 
 
+@dataclass(frozen=True, eq=False)
+class _Passage:
+    """One call of a childless module that is not cut; `entered` and `left` are in the graph, `call` is not."""
+
+    path: str
+    module: nn.Module
+    entered: Tensor
+    left: Tensor
+    call: Call
+
+    @cached_property
+    def is_norm(self) -> bool:
+        """Whether the output stays the same when the input is doubled."""
+        with torch.no_grad():
+            twice = stream(self.module(2 * self.call.args[0], *self.call.args[1:], **self.call.kwargs))
+        once = self.left.detach().double()
+        return twice is not None and bool((twice.double() - once).norm() < TOLERANCE * once.norm())
+
+
 class _Cut:
     """One pass through a layer with the outputs of the given modules replaced by constants of the same value.
 
     Attributes:
         leaves: Path -> the constants that took the place of the module's float outputs, one or more per call.
-        entered, passed: Path -> first input and output of every other childless module, kept in the graph.
-        inputs: Path -> first call of the module.
+        calls: Path -> first call of the module.
+        passages: Calls of every other childless module, in order.
         x, out: Residual that enters and leaves, `[..., T, d]`.
         sent: Cotangent of `out`, random normal.
     """
 
-    def __init__(
-        self, layer: nn.Module, call: Call, cut: Mapping[str, nn.Module], watch: Mapping[str, nn.Module]
-    ) -> None:
+    def __init__(self, layer: nn.Module, call: Call, cut: Mapping[str, nn.Module]) -> None:
         self.leaves: dict[str, list[Tensor]] = {}
-        self.entered: dict[str, Tensor] = {}
-        self.passed: dict[str, Tensor] = {}
-        self.inputs: dict[str, Call] = {}
+        self.calls: dict[str, Call] = {}
+        self.passages: list[_Passage] = []
         with torch.enable_grad(), hooked() as hold:
             self.x = call.entered().detach().clone().requires_grad_()
             for path, module in cut.items():
                 hold(module.register_forward_hook(self._cutter(path), with_kwargs=True))
-            for path, module in watch.items():
-                hold(module.register_forward_hook(self._watcher(path), with_kwargs=True))
+            for path, module in layer.named_modules():
+                if path and path not in cut and not any(True for _ in module.children()):
+                    hold(module.register_forward_hook(self._watcher(path), with_kwargs=True))
             self.out = call.run(layer, self.x.clone())
         generator = torch.Generator().manual_seed(0)
         self.sent = torch.randn(self.out.shape, generator=generator).to(self.out)
 
     def _cutter(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            self.inputs.setdefault(path, Call(_detached(args), _detached(kwargs), output))
+            self.calls.setdefault(path, Call(_detached(args), _detached(kwargs)))
             self.leaves.setdefault(path, [])
             return self._replace(path, output)
 
@@ -169,12 +187,10 @@ class _Cut:
 
     def _watcher(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
+            if not is_float(output) or not args or not is_float(args[0]):
                 return output
-            self.inputs.setdefault(path, Call(_detached(args), _detached(kwargs), output.detach()))
-            self.passed[path] = output
-            if args and is_float(args[0]):
-                self.entered[path] = args[0]
+            call = Call(_detached(args), _detached(kwargs))
+            self.passages.append(_Passage(path, module, args[0], output, call))
             return output.clone()
 
         return hook
@@ -220,98 +236,79 @@ def probe_layer(layer: nn.Module, call: Call) -> LayerReport:
         input, scaled or normed, plus what the writers write.
     """
     owners = _owners(layer)
-    watch = {n: m for n, m in layer.named_modules() if n and not any(True for _ in m.children()) and n not in owners}
-    cut = _Cut(layer, call, owners, watch)
-    width = cut.out.shape[-1]
-    report = LayerReport()
-    norms: dict[str, tuple[str, ...]] = {}  # of every module that reaches the output
-    refused: dict[str, str] = {}
-    for path, leaves in cut.leaves.items():
-        wide = [leaf for leaf in leaves if leaf.shape[-1] == width]
-        gradients = cut.gradients(cut.out, wide, cut.sent)
-        connected = [(leaf, g) for leaf, g in zip(wide, gradients, strict=True) if g is not None]
-        if not connected:
-            continue
-        norms[path] = _norms_after(cut, connected[0][0], watch)
-        last = cut.passed[norms[path][-1]] if norms[path] else connected[0][0]
-        if not cut.is_multiple(cut.gradients(cut.out, [last], cut.sent)[0]) and not _joins_normed_stream(
-            cut, last, watch
-        ):
-            refused[path] = "its output is changed channel by channel before it is added to the residual"
-    writers = {path: owners[path] for path in norms if path not in refused}
-    groups = _expert_lists(layer, cut, writers)
+    cut = _Cut(layer, call, owners)
+    norms = _reaching(cut)
+    refused = {path for path, (plain, _) in norms.items() if not plain}
+    groups = _expert_lists(layer, cut, norms.keys() - refused)
     mixing = _mixing(layer, call, {path: owners[path] for path in norms}, groups)
     grouped = {twin for path, twins in groups.items() for twin in twins if twin != path}
-    for path in writers:
-        if path in grouped:
-            continue
+    report = LayerReport()
+    for path, (plain, after) in norms.items():
         try:
-            parameter, bias, axis = orient(owners[path], cut.inputs[path], width)
+            if not plain:
+                raise UsageError("its output is changed channel by channel before it is added to the residual")
+            parameter, bias, axis = orient(owners[path], cut.calls[path], cut.out.shape[-1])
         except UsageError as error:
             report.unmatched.append(Unmatched(path, mixing[path], error.what))
             continue
-        expert = path in groups or getattr(owners[path], parameter).dim() == 3
-        for twin in groups.get(path, [path]):
-            report.found.append(Found(twin, mixing[path], parameter, bias, axis, expert, norms[path]))
-    report.unmatched += [Unmatched(path, mixing[path], why) for path, why in refused.items()]
-    if not _explained(layer, call, cut, owners, watch):
+        expert = path in groups or owners[path].get_parameter(parameter).dim() == 3
+        for twin in groups.get(path, [path]) if path not in grouped else ():
+            report.found.append(Found(twin, mixing[path], parameter, bias, axis, expert, after))
+    if not _explained(layer, call, cut, owners):
         why = "part of what is written comes from no module that was found"
         report.unmatched.append(Unmatched("", _leaks_tokens(cut), why))
     return report
 
 
-def _norms_after(cut: _Cut, leaf: Tensor, watch: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Return the norms between a constant and the residual: those that see the one and not yet the other."""
-    chain = [
-        path
-        for path, output in cut.passed.items()
-        if output.shape[-1] == cut.out.shape[-1]
-        and cut.reaches(output, leaf)
-        and cut.reaches(cut.out, output)
-        and not cut.reaches(output, cut.x)
-        and is_norm(watch[path], cut.inputs[path])
+def _reaching(cut: _Cut) -> dict[str, tuple[bool, tuple[str, ...]]]:
+    """Find the modules whose output reaches the layer's output directly.
+
+    Returns:
+        Path -> whether it is added as it is or after the norms that follow, and the paths of these norms.
+    """
+    reaching: dict[str, tuple[bool, tuple[str, ...]]] = {}
+    for path, leaves in cut.leaves.items():
+        wide = [leaf for leaf in leaves if leaf.shape[-1] == cut.out.shape[-1] and cut.reaches(cut.out, leaf)]
+        if wide:
+            norms = _norms_after(cut, wide[0])
+            last = norms[-1].left if norms else wide[0]
+            plain = cut.is_multiple(cut.gradients(cut.out, [last], cut.sent)[0]) or _joins_normed_stream(cut, last)
+            reaching[path] = plain, tuple(norm.path for norm in norms)
+    return reaching
+
+
+def _norms_after(cut: _Cut, leaf: Tensor) -> list[_Passage]:
+    """Return the norms between a constant and the residual, in order: those that see the one and not yet the other."""
+    return [
+        passage
+        for passage in cut.passages
+        if passage.left.shape[-1] == cut.out.shape[-1]
+        and cut.reaches(passage.left, leaf)
+        and cut.reaches(cut.out, passage.left)
+        and not cut.reaches(passage.left, cut.x)
+        and passage.is_norm
     ]
-    return tuple(sorted(chain, key=lambda p: sum(cut.reaches(cut.passed[p], cut.passed[q]) for q in chain)))
 
 
-def _joins_normed_stream(cut: _Cut, value: Tensor, watch: Mapping[str, nn.Module]) -> bool:
+def _joins_normed_stream(cut: _Cut, value: Tensor) -> bool:
     """Whether a value is added to a residual that is normed as a whole afterwards, as post-norm layers do."""
-    for path, entered in cut.entered.items():
-        if entered.shape == cut.sent.shape and cut.reaches(entered, cut.x) and is_norm(watch[path], cut.inputs[path]):
-            gradient = cut.gradients(entered, [value], cut.sent)[0]
+    for passage in cut.passages:
+        if passage.entered.shape == cut.sent.shape and cut.reaches(passage.entered, cut.x) and passage.is_norm:
+            gradient = cut.gradients(passage.entered, [value], cut.sent)[0]
             if gradient is not None and cut.is_multiple(gradient):
                 return True
     return False
 
 
-def is_norm(module: nn.Module, call: Call) -> bool:
-    """Whether a module's output stays the same when its input is doubled."""
-    if not call.args or not is_float(call.args[0]):
-        return False
-    with torch.no_grad():
-        once = stream(module(*call.args, **call.kwargs))
-        twice = stream(module(2 * call.args[0], *call.args[1:], **call.kwargs))
-    if once is None or twice is None:
-        return False
-    scale = once.double().norm()
-    return bool(scale > 0 and (twice.double() - once.double()).norm() < TOLERANCE * scale)
-
-
-def _explained(
-    layer: nn.Module, call: Call, cut: _Cut, owners: Mapping[str, nn.Module], watch: Mapping[str, nn.Module]
-) -> bool:
+def _explained(layer: nn.Module, call: Call, cut: _Cut, owners: Mapping[str, nn.Module]) -> bool:
     """Whether, once all writers are cut, the output is the input (scaled, or normed as a whole) plus constants."""
     gradient = cut.gradients(cut.out, [cut.x], cut.sent)[0]
     if gradient is not None and cut.is_multiple(gradient):
         return True
-    norms = {
-        path: watch[path]
-        for path, output in cut.passed.items()
-        if cut.reaches(output, cut.x) and is_norm(watch[path], cut.inputs[path])
-    }
+    norms = {p.path: p.module for p in cut.passages if cut.reaches(p.left, cut.x) and p.is_norm}
     if not norms:
         return False
-    again = _Cut(layer, call, {**owners, **norms}, {})
+    again = _Cut(layer, call, {**owners, **norms})
     parts = again.gradients(again.out, [again.x, *(leaf for path in norms for leaf in again.leaves[path])], again.sent)
     return any(part is not None for part in parts) and all(again.is_multiple(part) for part in parts)
 
