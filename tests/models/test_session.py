@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pico
 from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit, edit_bias, edit_weight
 from perpend.data import Prompt
@@ -25,7 +26,11 @@ PROMPTS = [
     Prompt("Explain how to bake a loaf of bread with flour, water, salt and yeast."),
 ]
 SINGLY = Machine(batch_size=1)
-FAMILIES = ("llama", "gemma2", "gemma3_text", "gemma3", "gpt2", "gpt_neox", "mixtral", "olmo2")
+QUICK = ("llama", "gemma2", "gemma3", "gpt2", "mixtral", "gpt_oss")
+FAMILIES = [
+    family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+    for family in (*pico.FAMILIES, *pico.EXOTIC)
+]
 
 Dirs = Callable[[str], Path]
 
@@ -135,6 +140,17 @@ def test_capture_keeps_prompt_order_across_windows(pico_dir: Dirs, monkeypatch: 
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_beyond_the_context_are_refused(pico_dir: Dirs) -> None:
+    one = session(pico_dir)
+    long = [Prompt("How do I bake? " * 200)]
+    for call in (lambda: captured(one, long), lambda: one.log_likelihood(long, [[7]])):
+        with pytest.raises(UsageError, match="context ends at 512"):
+            call()
+    with pytest.raises(UsageError, match="and 500 tokens after it"):
+        one.generate(PROMPTS, max_new_tokens=500)
+    assert list(one.stream([{"role": "user", "content": "Sure?"}], max_new_tokens=4000))
+
+
 def test_nothing_asked_gives_nothing(pico_dir: Dirs) -> None:
     one = session(pico_dir)
     assert list(one.capture([])) == []
@@ -145,7 +161,7 @@ def test_nothing_asked_gives_nothing(pico_dir: Dirs) -> None:
 # -------------------------------------------------------------------------------------------------------- edits
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["plain", "column", "row"])
 def test_hooks_are_the_edited_weights(pico_dir: Dirs, family: str, mode: str) -> None:
     one, other = session(pico_dir, family), session(pico_dir, family)

@@ -27,12 +27,14 @@ class Budget:
         forward: Padded tokens of a forward pass.
         cached: Padded tokens of a batch that generates, prompt and answer together.
         logits: Positions whose logits are held at once.
+        context: Tokens after which the model's positions end, None where it does not say.
         rows: Rows, where the machine section says how many; None for as many as the rest allows.
     """
 
     forward: int
     cached: int
     logits: int
+    context: int | None = None
     rows: int | None = None
 
     @classmethod
@@ -51,6 +53,7 @@ class Budget:
             forward=_between(free // ((10 * hidden + 4 * inner) * size), GPU_FORWARD if gpu else CPU_FORWARD),
             cached=_between(free // (2 * layers * kv * size), GPU_CACHED if gpu else CPU_CACHED),
             logits=_between(min(free // 3, 2**33 if gpu else 2**29) // (4 * vocabulary), GPU_CACHED),
+            context=_width(config, "max_position_embeddings", 0) or None,
             rows=machine.batch_size if isinstance(machine.batch_size, int) else None,
         )
 

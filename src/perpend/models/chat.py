@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perpend.data import Prompt
 from perpend.errors import MissingExtra, UsageError
+from perpend.models.load import silenced
 
 Message = Mapping[str, Any]
 
@@ -126,7 +127,8 @@ class Chat:
         if not conversations:
             return []
         texts = [_close(text) for text in self._render(conversations)]
-        encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        with silenced():  # a tokenizer warns of lengths that are looked after elsewhere
+            encoded: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         for row, conversation in enumerate(conversations):
             if any(token in str(m["content"]) for m in conversation for token in self._special):
                 encoded[row] = self._spelled(conversation, encoded[row])

@@ -108,6 +108,19 @@ class Session:
         """Width of the residual stream (d)."""
         return self.anatomy.hidden_size
 
+    def _encode(self, prompts: Sequence[Prompt], more: int = 0) -> list[list[int]]:
+        """Encode prompts, each followed by at most `more` tokens.
+
+        Raises:
+            UsageError: longer than the model's context.
+        """
+        ids = self.chat.encode(prompts)
+        longest = max(map(len, ids), default=0)
+        if self.budget.context is not None and longest + more > self.budget.context:
+            tail = f" and {more} tokens after it" if more else ""
+            raise UsageError(f"a prompt of {longest} tokens{tail}: the model's context ends at {self.budget.context}")
+        return ids
+
     # ------------------------------------------------------------------------------------------------ residuals
 
     @torch.no_grad()
@@ -125,20 +138,35 @@ class Session:
             UsageError: the position is that of the first token of a prompt, or before it.
         """
         prompts = list(prompts)
-        ids = self.chat.encode(prompts)
+        ids = self._encode(prompts)
         shortest = min(map(len, ids), default=0)
         if ids and not -shortest < position < 0:
             raise UsageError(
                 f"position {position} of a prompt of {shortest} tokens", valid=f"-1 to {1 - shortest}, never the first"
             )
-        for window in _track_windows(len(ids)):
-            found = torch.empty(len(window), self.n_layers, self.hidden_size)
+        steps = track(
+            self._read(prompts, ids, position), "read residuals", total=len(ids), size=lambda step: len(step[1])
+        )
+        found, missing = torch.empty(0), 0
+        for window, rows, residuals in steps:
+            if not missing:
+                found, missing = torch.empty(len(window), *residuals.shape[1:]), len(window)
+            found[[k - window.start for k in rows]] = residuals
+            missing -= len(rows)
+            if not missing:
+                yield found
+
+    def _read(
+        self, prompts: list[Prompt], ids: list[list[int]], position: int
+    ) -> Iterator[tuple[range, list[int], Tensor]]:
+        """Yield a window, some of its rows and their residuals, window after window."""
+        for first in range(0, len(ids), WINDOW):
+            window = range(first, min(first + WINDOW, len(ids)))
             seen = [prompts[k].image is not None for k in window]
             groups = plan([len(ids[k]) for k in window], self.budget.forward, self.budget.rows, apart=seen)
             whole = [[window[k] for k in group] for group in groups]
             for rows, residuals in self._run(whole, lambda rows: self._residuals(rows, prompts, ids, position)):
-                found[[k - window.start for k in rows]] = residuals
-            yield found
+                yield window, rows, residuals
 
     def _residuals(self, rows: list[int], prompts: list[Prompt], ids: list[list[int]], position: int) -> Tensor:
         kept: dict[int, Tensor] = {}
@@ -248,7 +276,7 @@ class Session:
             One reply per prompt, in order.
         """
         prompts = list(prompts)
-        ids = self.chat.encode(prompts)
+        ids = self._encode(prompts, max_new_tokens)
         store = {} if store is None else store
         known = {k: store[p.id] for k, p in enumerate(prompts) if p.id in store}
         seen = [p.image is not None for p in prompts]
@@ -309,13 +337,15 @@ class Session:
         Args:
             messages: `{"role": ..., "content": ...}`, the user's last.
             sampling: How tokens are drawn; greedy by default.
-            max_new_tokens: Where the answer is cut.
+            max_new_tokens: Where the answer is cut, if the model's context does not end before.
         """
         from transformers import TextIteratorStreamer
 
         head = [{"role": "system", "content": self.chat.system}] if self.chat.system else []
         ids = self.chat.encode_messages([[*head, *messages]])
         inputs, _ = self._inputs([0], [], ids)
+        if self.budget.context is not None:
+            max_new_tokens = max(1, min(max_new_tokens, self.budget.context - len(ids[0])))
         streamer: Any = TextIteratorStreamer(self.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, failure = threading.Event(), list[BaseException]()
 
@@ -357,7 +387,7 @@ class Session:
             Batches of at most as many rows as memory allows for their logits.
         """
         prompts, after = list(prompts), [list(c)[:max_tokens] for c in continuations]
-        ids = self.chat.encode(prompts)
+        ids = self._encode(prompts, max(map(len, after), default=0))
         some = [k for k, tail in enumerate(after) if tail]
         lengths = [len(i) + len(tail) for i, tail in zip(ids, after, strict=True)]
         groups = plan(
@@ -401,8 +431,3 @@ class Session:
             for k, row, mask in zip(batch.index, scores.cpu(), batch.mask.cpu(), strict=True):
                 found[k] = row[mask]
         return found
-
-
-def _track_windows(count: int) -> Iterator[range]:
-    windows = [range(first, min(first + WINDOW, count)) for first in range(0, count, WINDOW)]
-    return track(windows, "read residuals", total=count, size=len)
