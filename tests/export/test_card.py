@@ -48,6 +48,7 @@ FACTS = CardFacts(
     recipe='[edit]\nmode = "plain"',
     versions={"torch": "2.13.0", "transformers": "5.24.0"},
     leak=0.0123,
+    modified=("model-00001-of-00001.safetensors",),
 )
 
 GEMMA = """\
@@ -70,7 +71,6 @@ def card(tmp_path, base: str | None, facts: CardFacts = FACTS) -> tuple[ModelCar
     source, out = tmp_path / "base", tmp_path / "edited.partial"
     source.mkdir()
     out.mkdir()
-    (out / "model-00001-of-00001.safetensors").touch()
     if base is not None:
         (source / "README.md").write_text(base, encoding="utf-8")
     write_card(out, source, facts)

@@ -107,8 +107,9 @@ def test_bfloat16_logits(tmp_path):
     assert (found - expected).norm() < 0.02 * (old - expected).norm()
 
 
-def test_blocks_of_columns_are_the_whole_matrix(llama, tmp_path, monkeypatch):
-    llama.edit = an_edit(llama.anatomy, mode="column")
+@pytest.mark.parametrize("mode", ["plain", "column", "row"])
+def test_blocks_of_columns_are_the_whole_matrix(llama, tmp_path, monkeypatch, mode):
+    llama.edit = an_edit(llama.anatomy, mode=mode)
     llama.bake(tmp_path / "whole")
     monkeypatch.setattr(shards, "BLOCK", 32 * 5)
     llama.bake(tmp_path / "blocks")
@@ -200,7 +201,8 @@ def test_interrupted_export_leaves_only_the_partial_folder(llama, tmp_path, monk
 def test_failed_check_keeps_the_partial_folder(llama, tmp_path):
     seen = []
 
-    def check(folder):
+    def check(folder, result):
+        assert result.changed == (SINGLE,)
         seen.append(sorted(os.listdir(folder)))
         raise GateFailed("a module misses its weight factor")
 
@@ -211,7 +213,7 @@ def test_failed_check_keeps_the_partial_folder(llama, tmp_path):
 
 
 def test_files_that_the_check_adds_come_along(llama, tmp_path):
-    llama.bake(tmp_path / "out", check=lambda folder: (folder / "README.md").write_text("card") and None)
+    llama.bake(tmp_path / "out", check=lambda folder, result: (folder / "README.md").write_text("card") and None)
     assert (tmp_path / "out" / "README.md").read_text() == "card"
 
 

@@ -124,6 +124,7 @@ class CardFacts:
         drift: What the edit cost.
         gaps: Parts of the model that write to the residual stream and could not be edited.
         leak: Largest difference between asked and realised weight factor in the saved file, None when not checked.
+        modified: Files that hold edited tensors.
         leak_allowed: A module missed its weight factor and was kept on request.
         not_measured: Beyond `NOT_MEASURED`.
         recipe: The recipe as TOML.
@@ -149,6 +150,7 @@ class CardFacts:
     drift: tuple[Quantity, ...] = ()
     gaps: tuple[str, ...] = ()
     leak: float | None = None
+    modified: tuple[str, ...] = ()
     leak_allowed: bool = False
     not_measured: tuple[str, ...] = ()
     recipe: str = ""
@@ -232,13 +234,12 @@ def write_card(out: Path, base_dir: Path, facts: CardFacts) -> list[Path]:
     out = Path(out)
     base = base_front_matter(Path(base_dir))
     gemma = str(base.get("license", "")).lower() == "gemma"
-    changed = sorted(path.name for path in out.glob("*.safetensors"))
     title = facts.title or out.name.removesuffix(".partial")
-    written = {"README.md": render(out, base, facts, title=title, gemma=gemma, changed=changed)}
+    written = {"README.md": render(out, base, facts, title=title, gemma=gemma)}
     if gemma:
         old = out / "NOTICE"
         kept = old.read_text(encoding="utf-8") + "\n" if old.is_file() else ""
-        files = ", ".join(changed)
+        files = ", ".join(facts.modified)
         written["NOTICE"] = kept + f"{GEMMA_NOTICE}\n\nThese files were modified with Perpend {__version__}: {files}\n"
     try:
         for name, text in written.items():
@@ -248,9 +249,7 @@ def write_card(out: Path, base_dir: Path, facts: CardFacts) -> list[Path]:
     return [out / name for name in written]
 
 
-def render(
-    out: Path, base: Mapping[str, Any], facts: CardFacts, *, title: str, gemma: bool, changed: Iterable[str]
-) -> str:
+def render(out: Path, base: Mapping[str, Any], facts: CardFacts, *, title: str, gemma: bool) -> str:
     """Return the text of the card; see `write_card`."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -274,7 +273,6 @@ def render(
         terms=GEMMA_TERMS,
         policy=GEMMA_POLICY,
         gemma_notice=GEMMA_NOTICE,
-        changed=list(changed),
         not_measured=[*NOT_MEASURED, *facts.not_measured],
         version=__version__,
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +52,10 @@ OTHER_WEIGHTS = (
 """Files that hold the weights in another format: a copy would be a model without the edit in the same folder."""
 
 COPY_CHUNK = 64 << 20
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Elements of a matrix that are widened at a time."""
+WORKERS = 2
+"""Matrices that are edited at the same time; one in row mode, which needs them whole."""
 HEADROOM = 64 << 20
 """Free disk space asked for beyond the copied bytes: card, recipe, report."""
 
@@ -65,6 +69,7 @@ class ExportResult:
         files: Files copied.
         bytes: Their size together.
         edited: Names of the tensors that were overwritten, wholly or in part.
+        changed: Files that hold them.
         left_out: Files of the source that were not copied, with the reason.
     """
 
@@ -72,11 +77,12 @@ class ExportResult:
     files: int
     bytes: int
     edited: tuple[str, ...]
+    changed: tuple[str, ...]
     left_out: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "path": str(self.path), "edited": list(self.edited)}
+        return {**asdict(self), "path": str(self.path), "edited": list(self.edited), "changed": list(self.changed)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def bake(
     out: Path,
     model: nn.Module,
     *,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path, ExportResult], None] | None = None,
 ) -> ExportResult:
     """Write the edited checkpoint to `out`, which appears whole or not at all.
 
@@ -111,8 +117,8 @@ def bake(
         anatomy: Writers of the loaded model.
         out: Folder to make; may exist if empty. The work is done in `out.partial`.
         model: The loaded model, by whose values the tensors of the files are recognised; it is not changed.
-        check: Called with `out.partial` when all bytes are there and before it is renamed; gates, reload tests and the
-            card belong here. What it raises leaves `out.partial` for inspection.
+        check: Called with `out.partial` and the result when all bytes are there and before it is renamed; gates, reload
+            tests and the card belong here. What it raises leaves `out.partial` for inspection.
 
     Returns:
         What was written.
@@ -126,9 +132,12 @@ def bake(
     _refuse_output(source.resolve(), out)
     checkpoint = Checkpoint(source)
     patches = plan(checkpoint, edit, anatomy, model)
-    copies, left_out = choose_files(checkpoint, {patch.piece.entry.name for patch in patches})
+    copies, left_out = choose_files(checkpoint, patches)
     sizes = {name: (source / name).stat().st_size for name in copies}
     total = sum(sizes.values())
+    edited = tuple(sorted({patch.piece.entry.name for patch in patches}))
+    changed = tuple(sorted({patch.piece.entry.shard for patch in patches}))
+    result = ExportResult(out, len(copies), total, edited, changed, left_out)
     with staged(out, total) as folder:
         try:
             for _ in track(_write(checkpoint, folder, copies, patches), "export", total=total, size=int):
@@ -136,9 +145,8 @@ def bake(
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror}; what is there is kept", where=str(folder)) from error
         if check:
-            check(folder)
-    edited = tuple(sorted({patch.piece.entry.name for patch in patches}))
-    return ExportResult(out, len(copies), total, edited, left_out)
+            check(folder, result)
+    return result
 
 
 def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module) -> list[Patch]:
@@ -173,13 +181,13 @@ def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module)
     return sorted(patches, key=lambda patch: (patch.piece.entry.shard, patch.piece.entry.begin + patch.piece.begin))
 
 
-def choose_files(checkpoint: Checkpoint, edited: Collection[str]) -> tuple[list[str], dict[str, str]]:
+def choose_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> tuple[list[str], dict[str, str]]:
     """Return the files to copy, as paths relative to the checkpoint, and those left out, with the reason.
 
     Left out is what would put the unedited model beside the edited one: weights in another format, and safetensors
     files outside the checkpoint that hold an edited tensor in its original state.
     """
-    originals = [checkpoint.tensors[name] for name in sorted(edited)]
+    originals = list({patch.piece.entry.name: patch.piece.entry for patch in patches}.values())
     copies, left_out = [], {}
     for path in files(checkpoint.path):
         name = str(path.relative_to(checkpoint.path))
@@ -232,23 +240,23 @@ def staged(out: Path, need: int) -> Iterator[Path]:
         raise UsageError(
             f"needs {(need + HEADROOM) / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free", where=str(parent)
         )
-    partial = out.with_name(out.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".partial")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:
-        partial.mkdir()
+        unfinished.mkdir()
     except FileExistsError:
-        raise _occupied(partial) from None
-    lock = _lock(partial, wait=True)
+        raise _occupied(unfinished) from None
+    lock = _lock(unfinished, wait=True)
     try:
-        yield partial
-        for root, _, names in os.walk(partial):
+        yield unfinished
+        for root, _, names in os.walk(unfinished):
             for name in (*names, ""):
                 _fsync(Path(root) / name)
         try:
-            os.rename(partial, out)
+            os.rename(unfinished, out)
         except OSError as error:
             reason = f"cannot be renamed to {out.name}: {error.strerror}; the finished files are kept"
-            raise RunFailed(reason, where=str(partial)) from None
+            raise RunFailed(reason, where=str(unfinished)) from None
         _fsync(out.parent)
     finally:
         if lock is not None:
@@ -302,12 +310,25 @@ def _write(checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches:
     for name in copies:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        own = [patch for patch in patches if patch.piece.entry.shard == name]
         with target.open("x+b", buffering=0) as writer:
             yield from _copy(checkpoint.path / name, writer.fileno())
-            for patch in patches:
-                if patch.piece.entry.shard == name:
-                    _overwrite(checkpoint, writer.fileno(), patch)
+            workers = 1 if any(patch.edit.mode == "row" for patch in own) else WORKERS
+            with one_thread(), ThreadPoolExecutor(workers) as pool:
+                for _ in pool.map(partial(_overwrite, checkpoint, writer.fileno()), own):
+                    pass
             os.fsync(writer.fileno())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch from splitting single operations: blocks fit the cache, and waiting for threads costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _copy(source: Path, target: int) -> Iterator[int]:
@@ -369,5 +390,6 @@ def edit_in_place(tensor: Tensor, edit: ModuleEdit, matrix: Tensor | None = None
     whole = tensor.ndim == 1 or edit.mode == "row"
     for block in (tensor,) if whole else torch.split(tensor, columns, dim=1):
         block.copy_(edit_bias(block, edit, matrix) if block.ndim == 1 else edit_weight(block, edit))
-        if not torch.isfinite(block).all():
+        low, high = torch.aminmax(block)  # NaN comes through
+        if not (torch.isfinite(low) and torch.isfinite(high)):
             raise RunFailed(f"tensor {name!r} is not finite after the edit", valid=f"values that fit {tensor.dtype}")
