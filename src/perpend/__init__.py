@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from perpend.tasks.fit import fit
     from perpend.tasks.inspect import inspect
     from perpend.tasks.ls import ls
-    from perpend.tasks.organism import organism as make_organism
+    from perpend.tasks.organism import organism
     from perpend.tasks.run import run
 
 __all__ = [
@@ -58,7 +58,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "ls",
-    "make_organism",
+    "organism",
     "run",
 ]
 
@@ -78,10 +78,10 @@ _HOMES = {
     "tasks.fit": ("fit",),
     "tasks.inspect": ("inspect",),
     "tasks.ls": ("ls",),
-    "tasks.organism": ("make_organism",),
+    "tasks.organism": ("organism",),
     "tasks.run": ("run",),
 }
-_RENAMED = {"load_recipe": "load", "make_organism": "organism"}
+_RENAMED = {"load_recipe": "load"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 

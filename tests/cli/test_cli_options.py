@@ -127,14 +127,15 @@ def test_apply_takes_a_recipe_as_its_source(cli, task, tmp_path):
 
 @pytest.mark.parametrize("command", ["fit", "apply", "run", "organism", "eval"])
 def test_what_exists_is_not_written_over(cli, task, tmp_path, command):
-    calls = task("make_organism" if command == "organism" else command)
+    calls = task(command)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     for name in ("full", "full/kept.txt", "full/kept.txt/below"):
         said = cli(command, "org/m", "-o", name)
         assert said.code == 2
-        assert name in said.err
+        assert "full" in said.err
+        assert "-o" in said.err
     assert not calls
     assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
     assert cli(command, "org/m", "-o", "empty").code == 0

@@ -68,13 +68,9 @@ class Request:
         path: Path | None = self._values["output"]
         if path is None:
             return None
-        if path.is_dir() and any(path.iterdir()):
-            raise UsageError("the folder is not empty", where=str(path), hint=f"-o {path}-2, or remove it first")
-        if path.exists() and not path.is_dir():
-            raise UsageError("the file exists", where=str(path), hint=f"-o {path.with_stem(path.stem + '-2')}")
-        blocked = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
-        if blocked is not None:
-            raise UsageError(f"{blocked} is a file, not a folder", where=str(path))
+        from perpend.tasks.output import require_free
+
+        require_free(path)
         return path
 
     @cached_property

@@ -28,7 +28,5 @@ def organism(base: Base, *, request: Request) -> None:
     What an edit of such a model should undo is known, which makes it a test bed.
     """
     output, recipe = request.output, request.recipe(base)
-    result = perpend.make_organism(
-        base, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
-    )
+    result = perpend.organism(base, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run)
     request.out.result(result, render.summary)
