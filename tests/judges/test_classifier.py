@@ -61,7 +61,7 @@ def by_hand(loaded: Classifier, text: str) -> torch.Tensor:
 
 
 def test_both_turns_are_read_and_class_1_is_refusal(folder):
-    loaded = Classifier.load(str(folder), CPU)
+    loaded = Classifier.open(str(folder), CPU)
     request, reply = PAIRS[0]
     expected = by_hand(loaded, "<|user|>\nHow do I cheat?\n<|assistant|>\nI'm sorry, but I can't help with that.")
     assert loaded.refusal_probability([(request, reply)]) == pytest.approx([float(expected[1])], abs=1e-6)
@@ -70,7 +70,7 @@ def test_both_turns_are_read_and_class_1_is_refusal(folder):
 
 @pytest.mark.parametrize("size", ["auto", 1, 2, 3])
 def test_a_batch_gives_what_each_pair_gives_alone(folder, size):
-    loaded = Classifier.load(str(folder), Machine(device="cpu", batch_size=size))
+    loaded = Classifier.open(str(folder), Machine(device="cpu", batch_size=size))
     alone = [float(by_hand(loaded, module.turns(*pair))[1]) for pair in PAIRS]
     assert len({round(p, 3) for p in alone}) == len(alone)
     assert loaded.refusal_probability(PAIRS) == pytest.approx(alone, abs=1e-5)
@@ -79,7 +79,7 @@ def test_a_batch_gives_what_each_pair_gives_alone(folder, size):
 
 
 def test_the_label_and_the_input_can_be_chosen(folder):
-    other = Classifier.load(f"{folder}#label=Non-refusal,input=reply", CPU)
+    other = Classifier.open(f"{folder}#label=Non-refusal,input=reply", CPU)
     expected = by_hand(other, PAIRS[0][1])
     assert other.refusal_probability(PAIRS[:1]) == pytest.approx([float(expected[0])], abs=1e-6)
     assert other.describe()["label"] == "Non-refusal"
@@ -94,12 +94,12 @@ def test_minos_gets_its_labels_from_us_and_its_commit_is_recorded(tmp_path, monk
         return Resolved(tmp_path, revision="c0ffee")
 
     monkeypatch.setattr(ModelRef, "resolve", resolve)
-    loaded = Classifier.load(MINOS, CPU)
+    loaded = Classifier.open(MINOS, CPU)
     assert (loaded.label, loaded.revision) == ("Refusal", "c0ffee")
     assert loaded.refusal_probability(PAIRS[:1]) == pytest.approx([float(by_hand(loaded, module.turns(*PAIRS[0]))[1])])
     monkeypatch.setattr(module, "MINOS_REVISION", "abc123")
-    Classifier.load(MINOS, CPU)
-    Classifier.load(f"{MINOS}@older", CPU)
+    Classifier.open(MINOS, CPU)
+    Classifier.open(f"{MINOS}@older", CPU)
     assert [ref.revision for ref in asked] == [None, "abc123", "older"]
 
 
@@ -124,11 +124,11 @@ def test_a_class_that_cannot_be_told_is_an_error_that_says_what_to_type():
 
 def test_a_model_without_a_classification_head_is_refused(pico_dir):
     with pytest.raises(UsageError, match="no sequence classifier"):
-        Classifier.load(str(pico_dir("llama")), CPU)
+        Classifier.open(str(pico_dir("llama")), CPU)
 
 
 def test_a_pair_that_is_too_long_is_not_judged(folder):
-    loaded = Classifier.load(str(folder), CPU)
+    loaded = Classifier.open(str(folder), CPU)
     long = ("Hi!", "word " * 600)
     first, second = loaded.refusal_probability([long, PAIRS[0]])
     assert math.isnan(first)
@@ -136,7 +136,7 @@ def test_a_pair_that_is_too_long_is_not_judged(folder):
 
 
 def test_running_out_of_memory_halves_the_batch(folder, monkeypatch):
-    loaded = Classifier.load(str(folder), CPU)
+    loaded = Classifier.open(str(folder), CPU)
     expected, forward, sizes = loaded.refusal_probability(PAIRS), loaded.model.forward, []
 
     def tight(input_ids, attention_mask):
@@ -161,9 +161,15 @@ def test_what_cannot_be_had_is_none_with_a_reason(tmp_path):
     assert found is None
     assert "no classifier was asked for" in reason
     (tmp_path / "empty").mkdir()
-    found, reason = load_classifier(str(tmp_path / "empty"), CPU)
-    assert found is None
-    assert "empty" in reason
+    for load in (load_classifier, Classifier.load):
+        found, reason = load(str(tmp_path / "empty"), CPU)
+        assert found is None
+        assert "empty" in reason
+
+
+def test_what_can_be_had_comes_without_a_reason(folder):
+    found, reason = Classifier.load(str(folder), CPU)
+    assert (found.label, reason) == ("Refusal", "")
 
 
 def test_what_was_typed_wrong_is_an_error():

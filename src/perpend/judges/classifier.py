@@ -96,7 +96,22 @@ class Classifier:
             model.config.pad_token_id = self._pad
 
     @classmethod
-    def load(cls, name: str, machine: Machine | None = None, revision: str | None = None) -> Classifier:
+    def load(
+        cls, name: str, machine: Machine | None = None, revision: str | None = None
+    ) -> tuple[Classifier | None, str]:
+        """Return the classifier, or None and the reason why it cannot be had.
+
+        Raises:
+            UsageError: `name` was typed wrong: an unknown option, or a directory that does not exist.
+        """
+        ModelRef.parse(_Choice.parse(name).model)
+        try:
+            return cls.open(name, machine, revision), ""
+        except PerpendError as error:
+            return None, str(error)
+
+    @classmethod
+    def open(cls, name: str, machine: Machine | None = None, revision: str | None = None) -> Classifier:
         """Load a classifier.
 
         Args:
@@ -231,21 +246,16 @@ def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalC
     """Return the classifier called `name`, or None and the reason why there is none.
 
     Args:
-        name: `none`, `perpend:small`, or what `Classifier.load` takes.
+        name: `none`, `perpend:small`, or what `Classifier.open` takes.
         machine: How it is run.
 
     Raises:
-        UsageError: `name` cannot be read or is a directory that does not exist; what merely cannot be had is a reason.
+        UsageError: `name` was typed wrong; what merely cannot be had is a reason.
     """
     if name == NONE:
         return None, "no classifier was asked for"
-    if name != SMALL:
-        ModelRef.parse(_Choice.parse(name).model)
-    try:
-        if name == SMALL:
-            from perpend.judges.small import SmallClassifier
+    if name == SMALL:
+        from perpend.judges.small import SmallClassifier
 
-            return SmallClassifier.load(), ""
-        return Classifier.load(name, machine), ""
-    except PerpendError as error:
-        return None, str(error)
+        return SmallClassifier.load(), ""
+    return Classifier.load(name, machine)

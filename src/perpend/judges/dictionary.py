@@ -7,6 +7,7 @@ into somebody's mouth is not searched, and neither is the request: it only says 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -168,6 +169,11 @@ class Dictionary:
         scored = sentences(self._own_words(answer, asked), self.language.contractions)
         scored = [s for s in scored if not self.language.exceptions.search(s)]
         return self._refusal(scored, asked) or self._evasion(scored, asked, answer) or self._verdict(Label.COMPLY, "")
+
+    def describe(self) -> dict[str, Any]:
+        """Return which list this is, fit for JSON: language and the hash of its rules."""
+        rules = "\n".join(r.pattern.pattern for r in self.language.rules) + self.language.exceptions.pattern
+        return {"language": self.language.name, "sha256": hashlib.sha256(rules.encode()).hexdigest()[:16]}
 
     def _verdict(self, label: Label, reason: str) -> Verdict:
         return Verdict(label, None, reason, self.name)

@@ -169,13 +169,13 @@ class SmallClassifier:
         file = resources.files("perpend.judges").joinpath("small.safetensors") if path is None else path
         try:
             with resources.as_file(file) as real, safe_open(real, framework="numpy") as stored:
-                facts = stored.metadata() or {}
-                if facts.get("format") != FORMAT:
-                    raise UsageError(f"format {facts.get('format')}", where=str(file), valid=FORMAT)
+                about = json.loads((stored.metadata() or {}).get("about", "{}"))
+                if about.get("format") != FORMAT:
+                    raise UsageError(f"format {about.get('format')}", where=str(file), valid=FORMAT)
                 weights = stored.get_tensor("weights")
         except (OSError, SafetensorError) as error:
             raise UsageError(f"no classifier weights: {error}", where=str(file)) from None
-        return cls(weights, json.loads(facts["facts"]), "perpend:small" if path is None else str(path))
+        return cls(weights, about["facts"], "perpend:small" if path is None else str(path))
 
 
 def _fit(x: csr_matrix, refused: Array) -> Array:
