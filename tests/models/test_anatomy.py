@@ -337,6 +337,7 @@ class Tower(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, 32)
+        self.sides = nn.ModuleList(nn.Linear(32, 32) for _ in range(5))
         self.blocks = nn.ModuleList(Block(kind) for kind in kinds)
         self.head = nn.Linear(32, 64)
 
@@ -345,6 +346,7 @@ class Tower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.embed(ids)
+        hidden = hidden + sum(side(hidden) for side in self.sides)
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(hidden)
@@ -387,6 +389,11 @@ def test_a_gated_writer_is_a_gap_and_the_printed_override_closes_it():
     assert healed.gaps == ()
     assert healed.writer("blocks.1.outer").component == "mlp"
     assert [w for w in healed.writers if w.layer == 0] == [w for w in anatomy.writers if w.layer == 0]
+
+
+def test_modules_that_run_side_by_side_are_no_layers():
+    anatomy = Anatomy.of(Tower("plain", "plain"))
+    assert (anatomy.layers, anatomy.n_layers, anatomy.hidden_size) == ("blocks", 2, 32)
 
 
 def test_complete_anatomies_pass():
