@@ -149,6 +149,15 @@ def test_the_limit_holds_for_each_class_and_split_after_splitting(tmp_path: Path
     assert {p.id for p in smaller.fit.target} <= {p.id for p in limited.fit.target}
 
 
+def test_a_set_is_a_sequence_with_subsets() -> None:
+    whole = PromptSet("target.fit", tuple(map(Prompt, TEXTS)), "x")
+    part = whole.subset([Prompt("else"), whole[7], whole[2]])
+    assert list(part) == [whole[2], whole[7]]
+    assert (part.name, part.source) == ("target.fit", "x")
+    assert whole[:2] == (Prompt(TEXTS[0]), Prompt(TEXTS[1]))
+    assert whole.fingerprint != part.fingerprint
+
+
 def test_splits_with_sources_of_their_own(tmp_path: Path) -> None:
     own = write(tmp_path / "r.txt", [f"report {n}" for n in range(7)])
     more = write(tmp_path / "s.txt", [f"select {n}" for n in range(3)])

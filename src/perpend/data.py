@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from perpend.config import PromptsSection
 from perpend.errors import UsageError, nearest
@@ -61,7 +61,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class PromptSet:
+class PromptSet(Sequence[Prompt]):
     """Prompts of one class and split, each once.
 
     Attributes:
@@ -80,7 +80,11 @@ class PromptSet:
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self.prompts)
 
-    def __getitem__(self, index: int) -> Prompt:
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         return self.prompts[index]
 
     @cached_property
@@ -92,7 +96,11 @@ class PromptSet:
         """Return at most `limit` prompts, chosen by hash, in the order of the source; smaller limits are subsets."""
         if limit is None or limit >= len(self):
             return self
-        chosen = {p.id for p in sorted(self.prompts, key=_rank)[:limit]}
+        return self.subset(sorted(self.prompts, key=_rank)[:limit])
+
+    def subset(self, prompts: Iterable[Prompt]) -> PromptSet:
+        """Return the set of those of its prompts that are among the given ones, in the order of the source."""
+        chosen = {p.id for p in prompts}
         return replace(self, prompts=tuple(p for p in self.prompts if p.id in chosen))
 
 

@@ -233,6 +233,23 @@ def test_nested_edits_are_refused_and_the_outer_one_survives(pico_dir: Dirs) -> 
         assert torch.equal(inside, captured(one))
 
 
+@pytest.mark.parametrize("mode", ["plain", "column"])
+def test_logits_under_an_edit(pico_dir: Dirs, mode: str) -> None:
+    one = session(pico_dir)
+    edit, before = an_edit(one, 0.8, mode), some_logits(one)
+    batches = list(one.batches(PROMPTS, [[7], [8], [9, 10], [11], [12]]))
+    under = one.under(edit)
+    with one.edited(edit):
+        expected = [one.logits(batch) for batch in batches]
+        with pytest.raises(UsageError, match="already"):
+            under(batches[0])
+        with pytest.raises(UsageError, match="already"):
+            one.under(edit)
+    assert all(torch.equal(a, under(batch)) for a, batch in zip(expected, batches, strict=True))
+    assert all(torch.equal(one.logits(batch), one.under(None)(batch)) for batch in batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, some_logits(one), strict=True))
+
+
 def test_an_edit_of_an_unknown_module_leaves_no_hook(pico_dir: Dirs) -> None:
     one = session(pico_dir)
     edit = an_edit(one)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,45 +15,57 @@ from perpend.core.linear import working
 from perpend.errors import UsageError
 from perpend.models.writers import Writer
 
+Undo = Callable[[], object]
+Install = Callable[[], Undo]
 
-@contextmanager
-def in_place(model: nn.Module, writers: list[Writer], edit: Edit) -> Iterator[None]:
-    """Let every writer answer as if its matrix were edited, inside the block.
+
+def prepare(model: nn.Module, writers: Sequence[Writer], edit: Edit) -> list[Install]:
+    """Work out what lets every writer answer as if its matrix were edited.
 
     The output of a writer is mapped by a forward hook and, in column mode, its input by a forward pre-hook; both
     compute in float32 and cast back. Fused experts are hooked in plain mode, where the map commutes with the sum over
-    experts; in the other modes their tensors are overwritten, and restored bit by bit on leaving.
+    experts; in the other modes their tensors are overwritten, and restored bit by bit afterwards.
 
     Args:
-        model: The model.
+        model: The model, without an edit.
         writers: The writers that `edit` names, in the same order.
         edit: What is taken out.
+
+    Raises:
+        UsageError: a mode that needs the matrix of a quantised module.
     """
+    steps: list[Install] = []
+    for writer, part in zip(writers, edit.modules.values(), strict=True):
+        module = model.get_submodule(writer.name)
+        if part.weight == 0:
+            continue
+        if writer.experts is None or part.mode == "plain":
+            steps.append(partial(_hook, module, _map(module, writer, part)))
+        else:
+            steps.append(partial(_overwrite, module, writer, part))
+    return steps
+
+
+@contextmanager
+def in_place(steps: Iterable[Install]) -> Iterator[None]:
+    """Put prepared steps in place inside the block, and undo them in reverse."""
     with ExitStack() as stack:
-        for writer, part in zip(writers, edit.modules.values(), strict=True):
-            if part.weight == 0:
-                continue
-            module = model.get_submodule(writer.name)
-            if writer.experts is None or part.mode == "plain":
-                for handle in _hook(module, writer, part):
-                    stack.callback(handle.remove)
-            else:
-                stack.callback(_overwrite(module, writer, part))
+        for step in steps:
+            stack.callback(step())
         yield
 
 
-def _hook(module: nn.Module, writer: Writer, part: ModuleEdit) -> list[Any]:
-    """Hook one module; returns the handles."""
+def _map(module: nn.Module, writer: Writer, part: ModuleEdit) -> HookMap:
+    """Return the map of one module, on its device, in the dtype in which it computes."""
     parameter = getattr(module, writer.parameter)
-    matrix = None
-    if part.mode != "plain":
-        if not parameter.is_floating_point():
-            raise UsageError(f"{part.mode} mode needs plain weights, not quantised ones", where=writer.name)
-        matrix = writer.matrix(parameter.detach())
-    made = HookMap.of(matrix, part)
-    kind = parameter.dtype if parameter.is_floating_point() else torch.bfloat16
-    made = made.to(parameter.device, working(kind))
+    plain = parameter.is_floating_point()
+    if part.mode != "plain" and not plain:
+        raise UsageError(f"{part.mode} mode needs plain weights, not quantised ones", where=writer.name)
+    matrix = None if part.mode == "plain" else writer.matrix(parameter.detach())
+    return HookMap.of(matrix, part).to(parameter.device, working(parameter.dtype) if plain else torch.float32)
 
+
+def _hook(module: nn.Module, made: HookMap) -> Undo:
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         return (made.apply(output[0]), *output[1:]) if isinstance(output, tuple) else made.apply(output)
 
@@ -62,11 +75,16 @@ def _hook(module: nn.Module, writer: Writer, part: ModuleEdit) -> list[Any]:
     handles = [module.register_forward_hook(after)]
     if made.input_scale is not None:
         handles.append(module.register_forward_pre_hook(before))
-    return handles
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 @torch.no_grad()
-def _overwrite(module: nn.Module, writer: Writer, part: ModuleEdit) -> Callable[[], None]:
+def _overwrite(module: nn.Module, writer: Writer, part: ModuleEdit) -> Undo:
     """Edit the tensors of fused experts in memory; returns what puts them back."""
     weight: Tensor = getattr(module, writer.parameter)
     bias: Tensor | None = getattr(module, writer.bias) if writer.bias else None

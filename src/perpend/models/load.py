@@ -6,6 +6,7 @@ shard's header and size, dtype, memory. What the Hugging Face libraries print on
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ class Loaded:
     processor: Any | None
     source: Resolved
     dtype: torch.dtype
-    ref: str = ""
+    ref: ModelRef
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def load_model(
             f"{len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}", where=where
         )
     require_finite(model, where)
-    return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, where)
+    return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, ref)
 
 
 def _attempt(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -339,3 +340,14 @@ def generation(model: Any, **settings: Any) -> Iterator[Any]:
         model.generation_config = own
         if handle is not None:
             handle.remove()
+
+
+def release(model: nn.Module) -> None:
+    """Give back the memory of a model's weights; it is of no use afterwards."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from perpend.models import load
 from perpend.models.anatomy import Anatomy
 from perpend.models.batching import Budget, out_of_memory, plan
 from perpend.models.chat import Chat, Message
-from perpend.models.hooks import in_place
+from perpend.models.hooks import Install, in_place, prepare
 from perpend.models.load import Loaded
 from perpend.models.replies import Reply, ReplyLog, Sampling
 from perpend.progress import note, track
@@ -91,7 +91,7 @@ class Session:
         self.device = embedding.device
         self.budget = Budget.of(self.model, self.device, self.machine)
         self._overrides = overrides
-        self._edit: Edit | None = None
+        self._edited = False
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -243,15 +243,40 @@ class Session:
         if edit is None:
             yield
             return
-        if self._edit is not None:
+        with self._held(self._prepare(edit)):
+            yield
+
+    def under(self, edit: Edit | None) -> Callable[[Batch], Tensor]:
+        """Return `logits` under an edit, which is put in place for each batch and prepared once for all of them.
+
+        Raises:
+            UsageError: an edit is in place now, or will be when a batch comes, or this one names no writer.
+        """
+        steps = self._prepare(edit) if edit is not None else []
+
+        def logits(batch: Batch) -> Tensor:
+            with self._held(steps):
+                return self.logits(batch)
+
+        return logits
+
+    def _prepare(self, edit: Edit) -> list[Install]:
+        self._require_unedited()
+        return prepare(self.model, [self.anatomy.writer(name) for name in edit.modules], edit)
+
+    def _require_unedited(self) -> None:
+        if self._edited:
             raise UsageError("an edit is in place already; two at once are never what was measured")
-        writers = [self.anatomy.writer(name) for name in edit.modules]
-        self._edit = edit
+
+    @contextmanager
+    def _held(self, steps: list[Install]) -> Iterator[None]:
+        self._require_unedited()
+        self._edited = True
         try:
-            with in_place(self.model, writers, edit):
+            with in_place(steps):
                 yield
         finally:
-            self._edit = None
+            self._edited = False
 
     # ------------------------------------------------------------------------------------------------- generate
 
