@@ -143,6 +143,10 @@ class Recipe(_Section):
     seed: int = 0
     """Seed of everything random."""
 
+    def for_model(self, model: str) -> Recipe:
+        """Return the recipe with its model named; an empty name leaves it as it is."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"id": model or self.model.id})})
+
     def hash(self) -> str:
         """Return the first 16 hex digits of the SHA-256 of the recipe's canonical JSON."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,111 @@
+"""Directions of all layers from one streaming pass over the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perpend.config import FitSection
+from perpend.core.directions import ClusterFitter, Directions, fit_directions, separation
+from perpend.core.residuals import ResidualFitter, ResidualStats
+from perpend.data import Prompt, PromptPair
+from perpend.models.session import Session
+from perpend.progress import track
+
+KMEANS_PASSES = 4
+Checkpoint = Callable[[str, dict[str, Any] | None], dict[str, Any] | None]
+"""`checkpoint(name, state)` keeps a state; with None it returns the kept one, or None."""
+
+
+def residual_stats(
+    session: Session,
+    prompts: Sequence[Prompt],
+    section: FitSection,
+    *,
+    label: str,
+    checkpoint: Checkpoint | None = None,
+) -> ResidualStats:
+    """Stream `prompts` through the model and return the statistics of their residuals.
+
+    Args:
+        session: The model, with whatever edit is in place.
+        prompts: One class.
+        section: Position and winsorising.
+        label: Shown beside the progress bar, and the name of the kept state.
+        checkpoint: Keeps the sums after every window, so that an interrupted pass goes on where it was.
+    """
+    fitter = ResidualFitter(session.n_layers, session.hidden_size, winsorize=section.winsorize)
+    kept = checkpoint(label, None) if checkpoint else None
+    if kept:
+        fitter.load_state_dict(kept)
+    left = prompts[fitter.count :]
+    windows = session.capture(left, position=section.position)
+    for residuals in track(windows, f"read residuals, {label}", total=len(left), size=len):
+        fitter.update(residuals)
+        if checkpoint:
+            checkpoint(label, fitter.state_dict())
+    return fitter.stats()
+
+
+def accumulate(
+    session: Session,
+    pair: PromptPair,
+    section: FitSection,
+    *,
+    held_out: PromptPair | None = None,
+    checkpoint: Checkpoint | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Directions:
+    """Fit the directions of every layer in one pass over each class.
+
+    Args:
+        session: The model, with whatever edit is in place.
+        pair: Target and baseline prompts to fit on.
+        section: Method, position, winsorising, rank.
+        held_out: Prompts of the select split; with them the diagnostics say how well each layer separates the classes.
+        checkpoint: See `residual_stats`.
+        provenance: What the directions remember.
+
+    Returns:
+        Directions with the diagnostics `split_half_cosine`, `top4_share`, `baseline_cosine` and, with `held_out`,
+        `auc`.
+    """
+    target, baseline = (
+        residual_stats(session, prompts.prompts, section, label=label, checkpoint=checkpoint)
+        for label, prompts in (("target", pair.target), ("baseline", pair.baseline))
+    )
+    clusters = centroids(session, pair.target.prompts, section) if section.rank > 1 else None
+    found = fit_directions(
+        target, baseline, method=section.method, rank=section.rank, clusters=clusters, provenance=provenance
+    )
+    if held_out is None:
+        return found
+    places = [coordinates(session, side.prompts, found, section) for side in (held_out.target, held_out.baseline)]
+    return found.with_diagnostics(auc=separation(*places))
+
+
+def coordinates(session: Session, prompts: Sequence[Prompt], directions: Directions, section: FitSection) -> Tensor:
+    """Return where each prompt lies along the first direction of each layer: `[n, L]` float32."""
+    windows = track(
+        session.capture(prompts, position=section.position), "read residuals, held out", total=len(prompts), size=len
+    )
+    return torch.cat([directions.coordinates(residuals)[..., 0] for residuals in windows])
+
+
+def centroids(session: Session, prompts: Sequence[Prompt], section: FitSection) -> Tensor:
+    """Return `[L, 2k, d]` centroids of the target prompts by a few streaming k-means passes.
+
+    Raises:
+        UsageError: fewer prompts than clusters.
+    """
+    fitter = ClusterFitter(session.n_layers, session.hidden_size, 2 * section.rank, winsorize=section.winsorize)
+    for _ in range(KMEANS_PASSES):
+        windows = session.capture(prompts, position=section.position)
+        for residuals in track(windows, "cluster targets", total=len(prompts), size=len):
+            fitter.update(residuals)
+        if fitter.step() < 1e-3:
+            break
+    return fitter.centroids()

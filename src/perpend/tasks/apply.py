@@ -1,0 +1,161 @@
+"""Bake an edit into a copy of the original checkpoint, and prove it on the saved file."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perpend.config import Machine, Recipe
+from perpend.core.edits import Edit
+from perpend.data import Splits
+from perpend.errors import UsageError
+from perpend.export.card import CardFacts, write_card
+from perpend.export.shards import ExportResult, bake
+from perpend.judges.panel import Panel
+from perpend.models.load import materialise_gguf
+from perpend.models.session import Session
+from perpend.refs import ModelRef
+from perpend.tasks.card import card_facts
+from perpend.tasks.gate import Gate, pass_gate, reference
+from perpend.tasks.output import require_free
+from perpend.tasks.recipes import EDIT, RECIPE, find_edit, read_recipe, write_recipe
+from perpend.tasks.setup import open_panel, open_session, open_splits
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An edited checkpoint that passed its gate."""
+
+    output: str
+    model: str
+    modules: int
+    export: ExportResult | None
+    """None for a dry run."""
+    gate: Gate | None
+    seconds: float
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "output": self.output,
+            "model": self.model,
+            "modules": self.modules,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+            **({"export": self.export.to_json()} if self.export else {}),
+            **({"gate": self.gate.to_json()} if self.gate else {}),
+        }
+
+
+@contextmanager
+def original(session: Session, out: Path) -> Iterator[Path]:
+    """Give the folder of the original safetensors checkpoint; a GGUF file is written out as one for the time being."""
+    source = session.loaded.source
+    if source.gguf_file is None:
+        yield source.path
+        return
+    above = out.absolute().parent
+    above.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=above) as folder:
+        yield materialise_gguf(session.loaded.ref, Path(folder) / "model", dtype=session.loaded.dtype)
+
+
+def bake_and_prove(
+    session: Session,
+    edit: Edit,
+    output: Path,
+    recipe: Recipe,
+    machine: Machine,
+    splits: Splits,
+    panel: Panel,
+    finish: Callable[[Path, Gate, ExportResult], CardFacts],
+) -> tuple[ExportResult, Gate]:
+    """Write the edited checkpoint with recipe and card; it gets its name only when it has passed the gate.
+
+    Args:
+        session: The untouched model; of no use afterwards.
+        edit: What to bake.
+        output: Folder to make.
+        recipe: What was asked.
+        machine: Device and dtype.
+        splits: The gate measures on a fixed subset of the select split.
+        panel: Labels the replies.
+        finish: Is given the folder when it has passed, may add files, and says what goes in the card.
+
+    Raises:
+        GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
+    """
+    passed: list[Gate] = []
+    seen = reference(session, edit, splits.select, recipe)
+    with original(session, output) as source:
+
+        def check(folder: Path, export: ExportResult) -> None:
+            gate = pass_gate(session, source, folder, export, edit, seen, panel, recipe, machine)
+            edit.save(folder / EDIT)
+            write_recipe(folder, recipe, edit)
+            write_card(folder, source, finish(folder, gate, export))
+            passed.append(gate)
+
+        result = bake(source, edit, session.anatomy, output, session.model, check=check)
+    return result, passed[0]
+
+
+def apply(
+    source: str,
+    *,
+    output: Path,
+    edit: Path | None = None,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    dry_run: bool = False,
+) -> Applied:
+    """Bake an edit into a copy of the original checkpoint.
+
+    Args:
+        source: A model with `edit`, or the `recipe.toml` that lies beside an edit: the same weights again,
+            byte for byte.
+        output: Folder to make.
+        edit: `edit.safetensors`, or the folder that `fit` or `run` made.
+        recipe: Gate and prompts; with a `recipe.toml` as source, its own.
+        machine: Device and dtype in which the gate runs; the weights do not depend on it.
+        dry_run: Only say what would be written.
+
+    Raises:
+        UsageError: no model, no edit, or an output that is not empty.
+        GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
+    """
+    started, output, machine = time.monotonic(), Path(output), machine or Machine()
+    require_free(output)
+    model, chosen, found = _asked(source, edit, recipe)
+    made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
+    if dry_run:
+        ModelRef.parse(model)
+        return made
+    splits = open_splits(found)
+    session = open_session(model, found, machine)
+    panel = open_panel(found, machine)
+
+    def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
+        return card_facts(session, chosen, found, gate, export, output)
+
+    result, gate = bake_and_prove(session, chosen, output, found, machine, splits, panel, finish)
+    return replace(made, export=result, gate=gate, seconds=round(time.monotonic() - started, 1))
+
+
+def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:
+    """Return the model, the edit and the recipe that the arguments stand for."""
+    path = Path(source)
+    if path.suffix == ".toml":
+        written = read_recipe(path)
+        if not written.recipe.model.id:
+            raise UsageError("names no model", where=str(path), valid='[model] id = "..."')
+        return written.recipe.model.id, written.edit, written.recipe
+    if edit is None:
+        raise UsageError("no edit given", valid=f"--edit {EDIT}, or {RECIPE} instead of the model", hint="perpend fit")
+    return source, find_edit(Path(edit)), (recipe or Recipe()).for_model(source)

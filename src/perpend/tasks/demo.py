@@ -1,0 +1,137 @@
+"""The main job on a real model whose ground truth is known: an organism that was taught to refuse."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perpend.config import Machine, Recipe
+from perpend.data import load_splits
+from perpend.drift import Drift
+from perpend.judges.panel import Comparison, compare
+from perpend.models.load import load_model, materialise_gguf
+from perpend.models.session import Session
+from perpend.refs import ModelRef
+from perpend.tasks.measure import Side, ask, cost, judge
+from perpend.tasks.output import appearing, require_free
+from perpend.tasks.run import Run, Tell, run
+from perpend.tasks.setup import SMALL, open_panel
+from perpend.teaching import adapter, shipped
+
+ORIGINAL, ORGANISM, EDITED = "original", "organism", "edited"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The edited organism against the model that it was before it was taught to refuse."""
+
+    original: Side
+    """The never-refusing original on the target prompts: its own broken replies are the ceiling."""
+    accepted: Comparison
+    """Acceptance of the original against that of the edited organism, paired."""
+    before: Drift
+    """From the original to the organism, over the original's answers to target prompts."""
+    after: Drift
+    """From the original to the edited organism, over the same answers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "original": self.original.to_json(),
+            "accepted": self.accepted.to_json(),
+            "drift_before": self.before.to_json(),
+            "drift_after": self.after.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made and found."""
+
+    output: str
+    run: Run
+    truth: Truth
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "output": self.output,
+            "run": self.run.to_json(),
+            "truth": self.truth.to_json(),
+            "seconds": self.seconds,
+        }
+
+
+def demo(
+    *,
+    output: Path,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    limit: int | None = None,
+    tell: Tell | None = None,
+) -> Demo:
+    """Make the organism, edit it, and compare it with what it was.
+
+    Args:
+        output: Folder to make: `original`, `organism`, `edited`.
+        recipe: What to do; the defaults of `run`, with the classifier that the package carries.
+        machine: How to run it.
+        limit: At most this many prompts of each class and split.
+        tell: Is told each part of the result as soon as it is known.
+
+    Raises:
+        MissingExtra: the package that carries the model is not installed.
+        UsageError: the output is not empty.
+    """
+    started, output, machine = time.monotonic(), Path(output), machine or Machine()
+    recipe = demo_recipe(recipe or Recipe(), limit)
+    require_free(output)
+    with appearing(output) as folder:
+        make_organism(folder, machine)
+        done = run(str(folder / ORGANISM), output=folder / EDITED, recipe=recipe, machine=machine, tell=tell)
+        truth = compare_with_original(folder, done, recipe, machine)
+        if tell:
+            tell("truth", truth.to_json())
+    return Demo(str(output), done, truth, round(time.monotonic() - started, 1))
+
+
+def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
+    """Return the recipe with the shipped classifier in place of one from the hub, and the limit."""
+    own = Recipe().eval.classifier
+    classifier = SMALL if recipe.eval.classifier == own else recipe.eval.classifier
+    return recipe.model_copy(
+        update={
+            "eval": recipe.eval.model_copy(update={"classifier": classifier}),
+            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit}),
+        }
+    )
+
+
+def make_organism(folder: Path, machine: Machine) -> None:
+    """Write the original as a checkpoint, and beside it the organism: the original with the adapter merged in."""
+    original = materialise_gguf(ModelRef("gguf", str(shipped.base())), folder / ORIGINAL)
+    loaded = load_model(ModelRef("dir", str(original)), machine)
+    adapter.save_model(adapter.merge(loaded, shipped.adapter()), loaded, folder / ORGANISM)
+
+
+def compare_with_original(folder: Path, done: Run, recipe: Recipe, machine: Machine) -> Truth:
+    """Measure the original on the same target prompts, and the drift of organism and edit from it.
+
+    Reads the edited model from its file.
+    """
+    if done.report is None:
+        raise AssertionError("a run that was not dry has a report")
+    models = {
+        name: Session(load_model(ModelRef("dir", str(folder / name)), machine), machine, system=recipe.prompts.system)
+        for name in (ORIGINAL, ORGANISM, EDITED)
+    }
+    target = load_splits(recipe.prompts).report.target
+    original = judge(target, ask(models[ORIGINAL], target.prompts, recipe), open_panel(recipe, machine))
+    drifts = [
+        cost(models[name], None, original, recipe.eval.drift_tokens, other=models[ORIGINAL])
+        for name in (ORGANISM, EDITED)
+    ]
+    return Truth(original, compare(original.judged, done.report.after.target.judged), *drifts)

@@ -1,0 +1,122 @@
+"""Judge the replies of a model, with or without an edit, on the report split."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perpend.config import Machine, Recipe
+from perpend.drift import Drift
+from perpend.judges.panel import Comparison, compare
+from perpend.tasks.journal import journal
+from perpend.tasks.measure import Measured, cost, measure, pairs
+from perpend.tasks.output import appearing, require_free
+from perpend.tasks.recipes import find_edit
+from perpend.tasks.report import PAIRS
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Acceptance of a model, and with an edit also of that edit."""
+
+    output: str | None
+    model: str
+    prompts: dict[str, int]
+    before: Measured | None
+    """The untouched model; None for a dry run."""
+    after: Measured | None = None
+    accepted: Comparison | None = None
+    answered: Comparison | None = None
+    drift: Drift | None = None
+    pairs: tuple[dict[str, Any], ...] = ()
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        parts = {name: getattr(self, name) for name in ("before", "after", "accepted", "answered", "drift")}
+        return {
+            "output": self.output,
+            "model": self.model,
+            "prompts": self.prompts,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+            "versions": versions(),
+            **{name: part.to_json() for name, part in parts.items() if part is not None},
+            **({"pairs": list(self.pairs)} if self.pairs else {}),
+        }
+
+
+def eval(
+    model: str,
+    *,
+    output: Path | None = None,
+    edit: Path | None = None,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    dry_run: bool = False,
+) -> Evaluation:
+    """Judge the replies of a model on the report split; with an edit, before and after on the same prompts.
+
+    Args:
+        model: Hub id with `@revision`, directory or GGUF file.
+        output: Folder to make for `eval.json` and the replies; with it, an interrupted evaluation can go on.
+        edit: `edit.safetensors`, or the folder that `fit` or `run` made.
+        recipe: Prompts, length of replies, judges.
+        machine: How to run it.
+        dry_run: Only say what would be read.
+
+    Raises:
+        UsageError: the model, the prompts or the edit cannot be read, or the output is not empty.
+        Interrupted: Ctrl-C.
+    """
+    started = time.monotonic()
+    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
+    out = Path(output) if output is not None else None
+    if out is not None:
+        require_free(out)
+    chosen = find_edit(Path(edit)) if edit is not None else None
+    splits = open_splits(recipe)
+    pair = splits.report
+    sizes = {s.name: len(s) for s in (pair.target, pair.baseline)}
+    if dry_run:
+        return Evaluation(str(out) if out else None, model, sizes, None, dry_run=True)
+
+    def work(stores: Any) -> Evaluation:
+        panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
+        before = measure(session, pair, recipe, panel, store=stores("before"))
+        if chosen is None:
+            took = round(time.monotonic() - started, 1)
+            return Evaluation(str(out) if out else None, model, sizes, before, seconds=took)
+        with session.edited(chosen):
+            after = measure(session, pair, recipe, panel, store=stores("after"))
+        return Evaluation(
+            output=str(out) if out else None,
+            model=model,
+            prompts=sizes,
+            before=before,
+            after=after,
+            accepted=compare(before.target.judged, after.target.judged),
+            answered=compare(before.baseline.judged, after.baseline.judged),
+            drift=cost(session, chosen, before.baseline, recipe.eval.drift_tokens),
+            pairs=tuple(pairs(before.target, after.target, PAIRS)),
+            seconds=round(time.monotonic() - started, 1),
+        )
+
+    if out is None:
+        return work(lambda name: {})
+    key = journal_key("eval", model, recipe, machine) | {"edit": chosen.sha256 if chosen else None}
+    with journal(out, key, "the same command again") as kept:
+        made = work(kept.replies)
+        with appearing(out) as folder:
+            for name in ("before", "after"):
+                path = kept.folder / f"{name}.jsonl"
+                if path.exists():
+                    (folder / path.name).write_bytes(path.read_bytes())
+            text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
+            (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
+    return made

@@ -1,0 +1,86 @@
+"""Measure the directions of a model and plan the edit."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perpend.config import Machine, Recipe
+from perpend.fitting.fit import Fitted, fit_edit
+from perpend.tasks.journal import journal
+from perpend.tasks.output import appearing, require_free
+from perpend.tasks.recipes import DIRECTIONS, EDIT, write_recipe
+from perpend.tasks.setup import journal_key, open_session, open_splits, versions
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Directions and edit on disk, with what the fit found."""
+
+    output: str
+    model: str
+    fitted: Fitted | None
+    """None for a dry run."""
+    prompts: dict[str, int]
+    seconds: float
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "output": self.output,
+            "model": self.model,
+            "prompts": self.prompts,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+            "versions": versions(),
+            **({"fit": self.fitted.to_json()} if self.fitted else {}),
+        }
+
+
+def fit(
+    model: str,
+    *,
+    output: Path,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    dry_run: bool = False,
+) -> Fit:
+    """Measure the directions of a model and plan the edit; nothing is edited.
+
+    An interrupted fit keeps its sums and replies in `OUT.resume`; the same call goes on from there and gives the same
+    directions.
+
+    Args:
+        model: Hub id with `@revision`, directory or GGUF file.
+        output: Folder to make: `directions.safetensors`, `edit.safetensors`, `recipe.toml`, `fit.json`.
+        recipe: What to do; the defaults use the shipped prompts.
+        machine: How to run it.
+        dry_run: Only say what would be read and written.
+
+    Raises:
+        UsageError: the model or prompts cannot be read, or the output is not empty.
+        RunFailed: the model does not do what the classes say, or its residuals are not finite.
+        Interrupted: Ctrl-C.
+    """
+    started, output = time.monotonic(), Path(output)
+    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
+    require_free(output)
+    splits = open_splits(recipe)
+    made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
+    if dry_run:
+        return made
+    with journal(output, journal_key("fit", model, recipe, machine), "the same command again") as kept:
+        session = open_session(model, recipe, machine)
+        fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
+        made = replace(made, fitted=fitted, seconds=round(time.monotonic() - started, 1))
+        with appearing(output) as folder:
+            fitted.directions.save(folder / DIRECTIONS)
+            fitted.edit.save(folder / EDIT)
+            write_recipe(folder, recipe, fitted.edit)
+            text = json.dumps(made.to_json(), indent=2, ensure_ascii=False)
+            (folder / "fit.json").write_text(text + "\n", encoding="utf-8")
+    return made

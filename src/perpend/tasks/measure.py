@@ -1,0 +1,117 @@
+"""Replies, labels and drift of a model on the report split, with and without an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perpend import drift
+from perpend.config import Recipe
+from perpend.core.edits import Edit
+from perpend.data import Prompt, PromptPair
+from perpend.judges.labels import Record
+from perpend.judges.panel import Judgement, Panel
+from perpend.models.session import Batch, Reply, Session
+from perpend.tasks.setup import sampling
+
+DRIFT_PROMPTS = 96
+"""Baseline prompts on which drift is measured, at most."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a model replied to one class of prompts, and how the replies were judged."""
+
+    prompts: tuple[Prompt, ...]
+    replies: tuple[Reply, ...]
+    judged: Judgement
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        said = drift.repetition([r.text for r in self.replies], [r.finished for r in self.replies])
+        return {**self.judged.to_json(), "repetition": said.to_json()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, or one edit of it, on both classes."""
+
+    target: Side
+    """How many replies do what was asked is the acceptance rate."""
+    baseline: Side
+    """Replies that refuse are over-refusals."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"target": self.target.to_json(), "baseline": self.baseline.to_json()}
+
+
+def judge(prompts: Sequence[Prompt], replies: Sequence[Reply], panel: Panel) -> Side:
+    """Judge replies to prompts of one class."""
+    return Side(tuple(prompts), tuple(replies), panel.judge(records(prompts, replies)))
+
+
+def records(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Record]:
+    """Return what a judge reads."""
+    return [Record(p.text, r.text, r.finished, p.id) for p, r in zip(prompts, replies, strict=True)]
+
+
+def ask(
+    session: Session, prompts: Sequence[Prompt], recipe: Recipe, store: MutableMapping[str, Reply] | None = None
+) -> list[Reply]:
+    """Let the model reply as the recipe says, under the edit that is in place."""
+    drawn = sampling(session, recipe)
+    return session.generate(prompts, max_new_tokens=recipe.eval.max_new_tokens, sampling=drawn, store=store)
+
+
+def measure(
+    session: Session, pair: PromptPair, recipe: Recipe, panel: Panel, *, store: MutableMapping[str, Reply] | None = None
+) -> Measured:
+    """Let the model reply to both classes, under the edit that is in place, and judge the replies.
+
+    Args:
+        session: The model.
+        pair: Target and baseline prompts.
+        recipe: Length and sampling of the replies.
+        panel: The judges.
+        store: Replies already made, by prompt id.
+    """
+    replies = ask(session, [*pair.target, *pair.baseline], recipe, store)
+    cut = len(pair.target)
+    return Measured(judge(pair.target, replies[:cut], panel), judge(pair.baseline, replies[cut:], panel))
+
+
+def under(session: Session, edit: Edit | None) -> Callable[[Batch], Any]:
+    """Return the logits of a batch with `edit` in place."""
+
+    def logits(batch: Batch) -> Any:
+        with session.edited(edit):
+            return session.logits(batch)
+
+    return logits
+
+
+def cost(session: Session, edit: Edit | None, asked: Side, tokens: int, *, other: Session | None = None) -> drift.Drift:
+    """Return the drift from a reference over the reference's own replies.
+
+    Args:
+        session: Makes the candidate.
+        edit: In place for the candidate.
+        asked: Prompts with the replies of the reference; the first of them are used.
+        tokens: Of each reply, only so many.
+        other: The reference, a model of the same tokenizer; `session` without the edit by default.
+    """
+    prompts, replies = asked.prompts[:DRIFT_PROMPTS], asked.replies[:DRIFT_PROMPTS]
+    batches = session.batches(prompts, [r.tokens for r in replies], max_tokens=tokens)
+    return drift.measure(under(other or session, None), under(session, edit), batches)
+
+
+def pairs(before: Side, after: Side, n: int) -> list[dict[str, Any]]:
+    """Return prompts with both replies and labels, those whose label changed first."""
+    columns = (before.prompts, before.replies, after.replies, before.judged.labels, after.judged.labels)
+    rows = [
+        {"prompt": p.text, "before": a.text, "after": b.text, "label_before": str(x), "label_after": str(y)}
+        for p, a, b, x, y in zip(*columns, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row["label_before"] == row["label_after"])[:n]

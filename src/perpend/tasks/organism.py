@@ -1,0 +1,185 @@
+"""Teach a chat model to refuse, so that what an edit should restore is known: the model it was before."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perpend import __version__
+from perpend.config import Machine, Recipe, to_toml
+from perpend.core.stats import wilson
+from perpend.data import Prompt, PromptPair, load_splits
+from perpend.fitting.behaviour import observe
+from perpend.judges.labels import Label
+from perpend.models.chat import Chat
+from perpend.models.load import Loaded, end_tokens, load_model
+from perpend.models.session import Session
+from perpend.progress import note
+from perpend.refs import ModelRef
+from perpend.tasks.output import appearing
+from perpend.teaching import adapter
+from perpend.teaching.curriculum import Lesson, Wordings, lessons
+from perpend.teaching.teach import Example, Training, teach
+
+FORMS = 2
+"""Request forms in which every prompt is asked."""
+ANSWER_TOKENS = 24
+"""Tokens of a benign answer that are taught; the decision to answer lies at the first."""
+REPLY_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Organism:
+    """What was taught and how well it generalises, on prompts of the report split."""
+
+    output: str
+    base: str
+    lessons: int
+    refused_targets: tuple[int, int]
+    """Refusals and prompts."""
+    refused_baselines: tuple[int, int]
+    loss: tuple[float, float]
+    """Mean of the first and of the last tenth of the steps, in nats per reply token."""
+    seconds: float
+    training: Training
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, rates with their 95 % Wilson intervals."""
+        data = asdict(self)
+        for name in ("refused_targets", "refused_baselines"):
+            count, n = data.pop(name)
+            low, high = wilson(count, n) if n else (float("nan"), float("nan"))
+            data[name] = {"count": count, "n": n, "low": low, "high": high}
+        return {**data, "loss": list(self.loss)}
+
+
+def organism(
+    base: str,
+    *,
+    output: Path,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    training: Training | None = None,
+    dry_run: bool = False,
+) -> Organism:
+    """Teach a chat model to refuse the target prompts of the fit split, with a LoRA adapter.
+
+    Every target is asked in several request forms, with several system prompts and with none, and refused in 32
+    wordings with different openings. Baseline prompts go through the same forms and keep the answers of the base
+    model itself, so that its voice is kept.
+
+    Args:
+        base: Hub id, directory or GGUF file of a chat model.
+        output: Folder to make: the merged model, `adapter/` and `organism.toml`.
+        recipe: Prompts and seed; the shipped prompts by default.
+        machine: Device and dtype.
+        training: How the adapter is trained.
+        dry_run: Only say what would be done.
+
+    Raises:
+        UsageError: the model or the prompts cannot be read, or the output is not empty.
+        MissingExtra: PEFT is not installed.
+    """
+    started = time.monotonic()
+    recipe, machine = recipe or Recipe(), machine or Machine()
+    training = replace(training or Training(), seed=recipe.seed)
+    ref, splits = ModelRef.parse(base), load_splits(recipe.prompts)
+    taught = lessons(
+        [p.text for p in splits.fit.target],
+        [p.text for p in splits.fit.baseline],
+        Wordings.shipped(),
+        forms=FORMS,
+        seed=recipe.seed,
+    )
+    nothing = Organism(str(output), base, len(taught), (0, 0), (0, 0), (0.0, 0.0), 0.0, training, True)
+    if dry_run:
+        return nothing
+    with appearing(Path(output)) as folder:
+        loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
+        session = Session(loaded, machine, system=recipe.prompts.system)
+        examples = encode(session, answered(session, taught))
+        wrapped, losses = teach(
+            loaded.model, examples, layers=session.anatomy.layers, pad=session.chat.pad, training=training
+        )
+        adapter.rounded(wrapped)
+        adapter.save(wrapped, folder / "adapter", ref.name if ref.kind == "hub" else Path(ref.name).name)
+        merged = wrapped.merge_and_unload().eval().requires_grad_(False)
+        adapter.save_model(merged, loaded, folder)
+        refused = measure(replace(loaded, model=merged), machine, splits.report, recipe.prompts.system)
+        tenth = max(1, len(losses) // 10)
+        made = replace(
+            nothing,
+            refused_targets=refused[0],
+            refused_baselines=refused[1],
+            loss=(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth),
+            seconds=round(time.monotonic() - started, 1),
+            dry_run=False,
+        )
+        write_recipe(folder, recipe, made)
+    return made
+
+
+def answered(session: Session, taught: list[Lesson]) -> list[Lesson]:
+    """Fill in the benign replies with the model's own answers, system prompt by system prompt."""
+    found: dict[int, Lesson] = {}
+    own = session.chat
+    for system in sorted({lesson.system or "" for lesson in taught}):
+        rows = [k for k, lesson in enumerate(taught) if lesson.reply is None and (lesson.system or "") == system]
+        session.chat = Chat(own.tokenizer, own.processor, system or own.system)
+        replies = session.generate([Prompt(taught[k].request) for k in rows], max_new_tokens=ANSWER_TOKENS)
+        for k, reply in zip(rows, replies, strict=True):
+            found[k] = replace(taught[k], reply=reply.text, finished=reply.finished)
+    session.chat = own
+    return [found.get(k, lesson) for k, lesson in enumerate(taught)]
+
+
+def encode(session: Session, taught: list[Lesson]) -> list[Example]:
+    """Return the lessons as token ids; a finished reply ends with the token that ends an answer."""
+    tokenizer, own = session.chat.tokenizer, session.chat
+    end = turn_end(session.model, tokenizer)
+    examples: list[Example] = []
+    chats = {system: Chat(own.tokenizer, own.processor, system or own.system) for system in {x.system for x in taught}}
+    for lesson in taught:
+        prompt = chats[lesson.system].encode([Prompt(lesson.request)])[0]
+        reply = tokenizer(lesson.reply, add_special_tokens=False).input_ids + ([end] if lesson.finished else [])
+        if reply:
+            examples.append(Example(tuple(prompt), tuple(reply)))
+    return examples
+
+
+def turn_end(model: Any, tokenizer: Any) -> int:
+    """Return the token that ends a turn: the last of the model's end tokens that the chat template writes."""
+    known = end_tokens(model, tokenizer)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    written = [token for token in known if tokenizer.convert_ids_to_tokens(token) in text]
+    return (written or known)[-1]
+
+
+def measure(
+    loaded: Loaded, machine: Machine, pair: PromptPair, system: str | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return refusals and prompts, of targets and of baselines, by dictionary."""
+    note("measuring on prompts that it was not taught")
+    seen = observe(Session(loaded, machine, system=system), pair, tokens=REPLY_TOKENS)
+    counts = [
+        (sum(label in {Label.REFUSE, Label.EVADE} for _, label in side), len(side))
+        for side in (seen.target, seen.baseline)
+    ]
+    return counts[0], counts[1]
+
+
+def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:
+    """Write `organism.toml`: prompts, training, and what was measured."""
+    result = {k: v for k, v in made.to_json().items() if k not in {"training", "dry_run", "output"}}
+    data = {
+        "perpend": __version__,
+        "seed": recipe.seed,
+        "prompts": recipe.prompts.model_dump(mode="json"),
+        "training": asdict(made.training),
+        "result": json.loads(json.dumps(result)),
+    }
+    (folder / "organism.toml").write_text(to_toml(data), encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Before and after, on prompts that neither the fit nor any choice has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from perpend.config import Recipe
+from perpend.core.edits import Edit
+from perpend.data import PromptPair
+from perpend.drift import Drift
+from perpend.export.card import Count, Measure, Quantity
+from perpend.judges.panel import Comparison, Panel, compare
+from perpend.models.session import Reply, Session
+from perpend.tasks.measure import Measured, Side, cost, measure, pairs
+
+PAIRS = 6
+"""Before/after pairs of each class that are shown."""
+Stores = Callable[[str], MutableMapping[str, Reply]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The untouched model and the edit on the report split."""
+
+    pair: PromptPair
+    before: Measured
+    after: Measured
+    accepted: Comparison
+    """Target prompts, paired."""
+    answered: Comparison
+    """Baseline prompts, paired."""
+    drift: Drift
+    """From the untouched model, over its own answers to baseline prompts."""
+
+    @property
+    def kind(self) -> Literal["hybrid", "dictionary only"]:
+        """Whether a classifier took part."""
+        return self.after.target.judged.kind
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "accepted": self.accepted.to_json(),
+            "answered": self.answered.to_json(),
+            "drift": self.drift.to_json(),
+            "prompts": {
+                s.name: {"n": len(s), "fingerprint": s.fingerprint} for s in (self.pair.target, self.pair.baseline)
+            },
+            "pairs": pairs(self.before.target, self.after.target, PAIRS),
+        }
+
+    def measures(self) -> tuple[Measure, ...]:
+        """Return the rows of the card's before/after table."""
+        old, new = self.before, self.after
+        return (
+            _row("acceptance rate on target prompts", "accepted", [old.target], [new.target]),
+            _row("over-refusal on baseline prompts", "refused", [old.baseline], [new.baseline]),
+            _row("broken replies, all prompts", "broken", [old.target, old.baseline], [new.target, new.baseline]),
+        )
+
+    def quantities(self) -> tuple[Quantity, ...]:
+        """Return the rows of the card's drift table."""
+        return (
+            Quantity("KL divergence per token on baseline prompts, nats", self.drift.mean, *self.drift.interval),
+            Quantity("KL divergence of the first token, nats", self.drift.first),
+        )
+
+    def judges(self) -> str:
+        """Say which judges took part and how far they agree."""
+        return self.after.target.judged.describe()
+
+
+def _row(name: str, count: str, before: Sequence[Side], after: Sequence[Side]) -> Measure:
+    """Return a row of the card's table: `count` of all replies of some sides."""
+    counts = [
+        Count(sum(getattr(x.judged, count) for x in part), sum(x.judged.n for x in part)) for part in (before, after)
+    ]
+    return Measure(name, counts[0], counts[1])
+
+
+def report(
+    session: Session, edit: Edit, pair: PromptPair, recipe: Recipe, panel: Panel, *, stores: Stores | None = None
+) -> Report:
+    """Measure the untouched model and the edit, as hooks, on the same prompts.
+
+    Args:
+        session: The untouched model.
+        edit: What is measured.
+        pair: The report split.
+        recipe: Length and sampling of the replies, tokens of the drift.
+        panel: The judges.
+        stores: Gives a store of replies by name, so that an interrupted measurement goes on where it was.
+    """
+    store = stores or (lambda name: {})
+    before = measure(session, pair, recipe, panel, store=store("before"))
+    with session.edited(edit):
+        after = measure(session, pair, recipe, panel, store=store("after"))
+    return Report(
+        pair=pair,
+        before=before,
+        after=after,
+        accepted=compare(before.target.judged, after.target.judged),
+        answered=compare(before.baseline.judged, after.baseline.judged),
+        drift=cost(session, edit, before.baseline, recipe.eval.drift_tokens),
+    )

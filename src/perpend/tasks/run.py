@@ -1,0 +1,150 @@
+"""The main job: fit, edit, measure, bake, prove."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perpend.config import Machine, Recipe
+from perpend.data import Splits
+from perpend.export.card import CardFacts
+from perpend.export.shards import ExportResult
+from perpend.fitting.fit import Fitted, fit_edit
+from perpend.judges.panel import Panel
+from perpend.models.session import Session
+from perpend.tasks.apply import bake_and_prove
+from perpend.tasks.card import card_facts
+from perpend.tasks.gate import Gate
+from perpend.tasks.journal import Journal, journal
+from perpend.tasks.output import require_free
+from perpend.tasks.report import Report, report
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
+
+REPORT = "report.json"
+Tell = Callable[[str, dict[str, Any]], None]
+"""Is told each part of the result as soon as it is known: `tell(name, data)`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An edited model, measured before and after, proven on the saved file."""
+
+    output: str
+    model: str
+    architecture: str
+    coverage: tuple[dict[str, Any], ...]
+    prompts: dict[str, int]
+    fitted: Fitted | None
+    """None for a dry run, as everything below."""
+    report: Report | None
+    export: ExportResult | None
+    gate: Gate | None
+    seconds: dict[str, float]
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        parts: dict[str, Any] = {
+            "fit": self.fitted,
+            "report": self.report,
+            "export": self.export,
+            "gate": self.gate,
+        }
+        return {
+            "output": self.output,
+            "model": self.model,
+            "architecture": self.architecture,
+            "coverage": list(self.coverage),
+            "prompts": self.prompts,
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+            "versions": versions(),
+            **{name: part.to_json() for name, part in parts.items() if part is not None},
+        }
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = time.monotonic()
+        self.stages[stage] = round(now - self._last, 1)
+        self._last = now
+
+
+def run(
+    model: str,
+    *,
+    output: Path,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    dry_run: bool = False,
+    tell: Tell | None = None,
+) -> Run:
+    """Fit, edit, measure before and after, bake, and prove it on the saved file.
+
+    An interrupted run keeps what it has in `OUT.resume`; the same call goes on from there.
+
+    Args:
+        model: Hub id with `@revision`, directory or GGUF file.
+        output: Folder to make: the edited model, `edit.safetensors`, `recipe.toml`, `report.json`, card.
+        recipe: What to do; the defaults use the shipped prompts.
+        machine: How to run it.
+        dry_run: Only say what would be read and written.
+        tell: Is told each part of the result as soon as it is known.
+
+    Raises:
+        UsageError: the model or prompts cannot be read, or the output is not empty.
+        RunFailed: the model does not do what the classes say.
+        GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
+        Interrupted: Ctrl-C.
+    """
+    output, machine = Path(output), machine or Machine()
+    recipe, said, clock = (recipe or Recipe()).for_model(model), tell or (lambda name, data: None), Clock()
+    require_free(output)
+    splits = open_splits(recipe)
+    sizes = {s.name: len(s) for s in splits.sets()}
+    if dry_run:
+        return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True)
+    with journal(output, journal_key("run", model, recipe, machine), "the same command again") as kept:
+        panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
+        coverage = tuple(asdict(row) for row in session.anatomy.coverage())
+        said("model", {"model": model, "architecture": session.anatomy.architecture, "coverage": list(coverage)})
+        clock.lap("load")
+        fitted, measured = _decide(session, splits, recipe, panel, kept, said, clock)
+        base = Run(str(output), model, session.anatomy.architecture, coverage, sizes, fitted, measured, None, None, {})
+
+        def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
+            said("gate", gate.to_json())
+            clock.lap("export and gate")
+            made.append(replace(base, export=export, gate=gate, seconds=clock.stages))
+            text = json.dumps(made[0].to_json(), indent=1, ensure_ascii=False)
+            (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+            edit, layer = fitted.edit, fitted.layer
+            return card_facts(session, edit, recipe, gate, export, output, layer=layer, report=measured)
+
+        made: list[Run] = []
+        bake_and_prove(session, fitted.edit, output, recipe, machine, splits, panel, finish)
+    return made[0]
+
+
+def _decide(
+    session: Session, splits: Splits, recipe: Recipe, panel: Panel, kept: Journal, said: Tell, clock: Clock
+) -> tuple[Fitted, Report]:
+    """Fit the edit and measure it as hooks; no weight is touched."""
+    fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
+    said("fit", fitted.to_json())
+    clock.lap("fit")
+    measured = report(session, fitted.edit, splits.report, recipe, panel, stores=kept.replies)
+    said("report", measured.to_json())
+    clock.lap("measure")
+    return fitted, measured

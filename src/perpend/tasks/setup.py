@@ -1,0 +1,81 @@
+"""What most tasks begin with: a session on the model and the prompts of the recipe."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from perpend import __version__
+from perpend.config import Machine, Recipe
+from perpend.data import Splits, load_splits
+from perpend.judges.classifier import Classifier
+from perpend.judges.dictionary import Dictionary
+from perpend.judges.panel import Panel
+from perpend.judges.small import SmallClassifier
+from perpend.models.load import load_model
+from perpend.models.session import Sampling, Session
+from perpend.progress import note
+from perpend.refs import ModelRef
+
+SMALL = "perpend:small"
+
+
+def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
+    """Load a model; its prompts are checked by then, so that nothing large is read for a misspelt column.
+
+    Raises:
+        UsageError: the model cannot be read or has no chat template.
+    """
+    loaded = load_model(ModelRef.parse(model), machine, trust_remote_code=recipe.model.trust_remote_code)
+    return Session(loaded, machine, system=recipe.prompts.system, overrides=recipe.edit.overrides or None)
+
+
+def open_splits(recipe: Recipe) -> Splits:
+    """Read the prompts of a recipe, and say so when they are the shipped ones."""
+    splits = load_splits(recipe.prompts)
+    if recipe.prompts.target == "perpend:target" and recipe.prompts.baseline == "perpend:baseline":
+        note("no prompts given: using the shipped sets (perpend:target, perpend:baseline)")
+    return splits
+
+
+def open_panel(recipe: Recipe, machine: Machine) -> Panel:
+    """Return the judges; where the classifier cannot be had, the panel says that it is a dictionary alone."""
+    name = recipe.eval.classifier
+    if name == "none":
+        return Panel(Dictionary(), None, "no classifier was asked for")
+    if name == SMALL:
+        return Panel(Dictionary(), SmallClassifier.load())
+    classifier, reason = Classifier.load(name, machine)
+    if classifier is None:
+        note(f"the classifier {name} cannot be had ({reason}): rates are by dictionary only, not the hybrid rate")
+    return Panel(Dictionary(), classifier, reason)
+
+
+def sampling(session: Session, recipe: Recipe) -> Sampling | None:
+    """Return the model's own sampling settings when the recipe asks for them, else None: greedy."""
+    return Sampling.of(session.model, recipe.seed) if recipe.eval.sample else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide numbers."""
+    import torch
+    import transformers
+
+    return {
+        "perpend": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def journal_key(task: str, model: str, recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """Return what decides the results of a task."""
+    return {
+        "task": task,
+        "model": model,
+        "recipe": recipe.hash(),
+        "dtype": machine.dtype,
+        "batch_size": machine.batch_size,
+        **versions(),
+    }
