@@ -152,9 +152,8 @@ class SmallClassifier:
         from safetensors.numpy import save_file
 
         partial = path.with_name(path.name + ".partial")
-        save_file(
-            {"weights": self.weights}, partial, {"format": FORMAT, "facts": json.dumps(self.facts, sort_keys=True)}
-        )
+        about = json.dumps({"format": FORMAT, "facts": self.facts}, sort_keys=True)
+        save_file({"weights": self.weights}, partial, {"about": about})  # one key: several come in no fixed order
         partial.replace(path)
 
     @classmethod
