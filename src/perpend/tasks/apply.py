@@ -122,7 +122,7 @@ def apply(
             byte for byte.
         output: Folder to make.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
-        recipe: Gate and prompts; with a `recipe.toml` as source, its own.
+        recipe: Gate and prompts; by default that of the `recipe.toml`, if this is the source.
         machine: Device and dtype in which the gate runs; the weights do not depend on it.
         dry_run: Only say what would be written.
 
@@ -155,7 +155,7 @@ def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, 
         written = read_recipe(path)
         if not written.recipe.model.id:
             raise UsageError("names no model", where=str(path), valid='[model] id = "..."')
-        return written.recipe.model.id, written.edit, written.recipe
+        return written.recipe.model.id, written.edit, recipe or written.recipe
     if edit is None:
         raise UsageError("no edit given", valid=f"--edit {EDIT}, or {RECIPE} instead of the model", hint="perpend fit")
     return source, find_edit(Path(edit)), (recipe or Recipe()).for_model(source)

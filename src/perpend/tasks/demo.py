@@ -10,6 +10,7 @@ from typing import Any
 from perpend.config import Machine, Recipe
 from perpend.data import load_splits
 from perpend.drift import Drift
+from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model, materialise_gguf
 from perpend.models.session import Session
@@ -17,7 +18,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.measure import Side, ask, cost, judge
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.run import Run, Tell, run
-from perpend.tasks.setup import SMALL, open_panel
+from perpend.tasks.setup import open_panel
 from perpend.teaching import adapter, shipped
 
 ORIGINAL, ORGANISM, EDITED = "original", "organism", "edited"

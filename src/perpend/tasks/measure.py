@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from perpend.core.edits import Edit
 from perpend.data import Prompt, PromptPair
 from perpend.judges.labels import Record
 from perpend.judges.panel import Judgement, Panel
-from perpend.models.session import Batch, Reply, Session
+from perpend.models.session import Reply, Session
 from perpend.tasks.setup import sampling
 
 DRIFT_PROMPTS = 96
@@ -82,16 +82,6 @@ def measure(
     return Measured(judge(pair.target, replies[:cut], panel), judge(pair.baseline, replies[cut:], panel))
 
 
-def under(session: Session, edit: Edit | None) -> Callable[[Batch], Any]:
-    """Return the logits of a batch with `edit` in place."""
-
-    def logits(batch: Batch) -> Any:
-        with session.edited(edit):
-            return session.logits(batch)
-
-    return logits
-
-
 def cost(session: Session, edit: Edit | None, asked: Side, tokens: int, *, other: Session | None = None) -> drift.Drift:
     """Return the drift from a reference over the reference's own replies.
 
@@ -104,7 +94,7 @@ def cost(session: Session, edit: Edit | None, asked: Side, tokens: int, *, other
     """
     prompts, replies = asked.prompts[:DRIFT_PROMPTS], asked.replies[:DRIFT_PROMPTS]
     batches = session.batches(prompts, [r.tokens for r in replies], max_tokens=tokens)
-    return drift.measure(under(other or session, None), under(session, edit), batches)
+    return drift.measure((other or session).under(None), session.under(edit), batches)
 
 
 def pairs(before: Side, after: Side, n: int) -> list[dict[str, Any]]:

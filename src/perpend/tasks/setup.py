@@ -8,16 +8,11 @@ from typing import Any
 from perpend import __version__
 from perpend.config import Machine, Recipe
 from perpend.data import Splits, load_splits
-from perpend.judges.classifier import Classifier
-from perpend.judges.dictionary import Dictionary
 from perpend.judges.panel import Panel
-from perpend.judges.small import SmallClassifier
 from perpend.models.load import load_model
 from perpend.models.session import Sampling, Session
 from perpend.progress import note
 from perpend.refs import ModelRef
-
-SMALL = "perpend:small"
 
 
 def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
@@ -40,15 +35,10 @@ def open_splits(recipe: Recipe) -> Splits:
 
 def open_panel(recipe: Recipe, machine: Machine) -> Panel:
     """Return the judges; where the classifier cannot be had, the panel says that it is a dictionary alone."""
-    name = recipe.eval.classifier
-    if name == "none":
-        return Panel(Dictionary(), None, "no classifier was asked for")
-    if name == SMALL:
-        return Panel(Dictionary(), SmallClassifier.load())
-    classifier, reason = Classifier.load(name, machine)
-    if classifier is None:
-        note(f"the classifier {name} cannot be had ({reason}): rates are by dictionary only, not the hybrid rate")
-    return Panel(Dictionary(), classifier, reason)
+    panel = Panel.load(recipe.eval.classifier, machine)
+    if panel.kind != "hybrid":
+        note(f"rates are by dictionary only, not the hybrid rate: {panel.reason}")
+    return panel
 
 
 def sampling(session: Session, recipe: Recipe) -> Sampling | None:
