@@ -1,0 +1,280 @@
+"""What an edit costs: how far the edited model has moved from the reference on the reference's own answers.
+
+Both models read the same tokens (teacher forcing), so that nothing is generated and every position is a pair.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perpend.core.stats import bootstrap_mean, wilson
+from perpend.errors import RunFailed, UsageError
+from perpend.judges.coherence import distinct, longest_repeat, words
+from perpend.models.chat import strip_reasoning
+from perpend.progress import track
+
+
+class TeacherForced(Protocol):
+    """What is needed of a batch."""
+
+    @property
+    def index(self) -> Sequence[int]:
+        """Positions of the rows in the list of prompts."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[B, T]` int64, the tokens of the reference's answers."""
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, T]` bool, which of them are there."""
+
+
+@dataclass(frozen=True)
+class PromptDrift:
+    """Drift on the answer to one prompt.
+
+    Attributes:
+        index: Position of the prompt.
+        tokens: Tokens of the answer that were read.
+        kl: Mean over them of KL(reference ‖ candidate), nats per token.
+        first: The same at the first token alone.
+        reference_loss: Mean cross-entropy of the answer under the reference, nats per token.
+        candidate_loss: The same under the candidate.
+        flips: Share of tokens at which the most likely token is another one.
+    """
+
+    index: int
+    tokens: int
+    kl: float
+    first: float
+    reference_loss: float
+    candidate_loss: float
+    flips: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Drift over a set of prompts; every prompt weighs the same.
+
+    Attributes:
+        prompts: One entry per prompt with an answer, in prompt order.
+        empty: Prompts whose answer has no token.
+    """
+
+    prompts: tuple[PromptDrift, ...]
+    empty: int = 0
+
+    @property
+    def n(self) -> int:
+        """Prompts measured."""
+        return len(self.prompts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return sum(p.tokens for p in self.prompts)
+
+    @cached_property
+    def _kl(self) -> tuple[float, float, float]:
+        return bootstrap_mean([p.kl for p in self.prompts])
+
+    @property
+    def mean(self) -> float:
+        """Mean KL, nats per token."""
+        return self._kl[0]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the mean over prompts."""
+        return self._kl[1:]
+
+    @property
+    def median(self) -> float:
+        """Median over prompts of their KL."""
+        return statistics.median(p.kl for p in self.prompts)
+
+    @property
+    def p95(self) -> float:
+        """95th percentile over prompts of their KL."""
+        return float(np.quantile([p.kl for p in self.prompts], 0.95))
+
+    @property
+    def first(self) -> float:
+        """Mean KL at the first token; near zero wherever the template fixes it, so never to be read alone."""
+        return statistics.fmean(p.first for p in self.prompts)
+
+    @property
+    def cross_entropy_ratio(self) -> float:
+        """Cross-entropy of the answers under the candidate over that under the reference, both over all tokens.
+
+        1 means that the candidate finds the answers as likely; infinite when the reference is certain of them all.
+        """
+        before = sum(p.reference_loss * p.tokens for p in self.prompts)
+        after = sum(p.candidate_loss * p.tokens for p in self.prompts)
+        return after / before if before else 1.0 if not after else float("inf")
+
+    @property
+    def flip_rate(self) -> float:
+        """Mean share of tokens at which greedy decoding would go another way."""
+        return statistics.fmean(p.flips for p in self.prompts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures with n and intervals, and the KL of every prompt."""
+        ratio = self.cross_entropy_ratio
+        flips, first = (bootstrap_mean([getattr(p, k) for p in self.prompts]) for k in ("flips", "first"))
+        return {
+            "n": self.n,
+            "tokens": self.tokens,
+            "empty": self.empty,
+            "mean": self.mean,
+            "interval": list(self.interval),
+            "median": self.median,
+            "p95": self.p95,
+            "first_token": self.first,
+            "first_token_interval": list(first[1:]),
+            "cross_entropy_ratio": None if ratio == float("inf") else ratio,
+            "flip_rate": self.flip_rate,
+            "flip_rate_interval": list(flips[1:]),
+            "per_prompt": [{"index": p.index, "tokens": p.tokens, "kl": p.kl} for p in self.prompts],
+        }
+
+
+B = TypeVar("B", bound=TeacherForced)
+
+
+def measure(reference: Callable[[B], Tensor], candidate: Callable[[B], Tensor], batches: Iterable[B]) -> Drift:
+    """Measure KL(reference ‖ candidate) and what goes with it.
+
+    Log-probabilities are float32, sums float64; logits of one batch of each model are held at a time.
+
+    Args:
+        reference: Logits `[B, T, V]` of a batch under the model that gave the answers; `[:, t]` predicts token t.
+        candidate: The same under the edited model.
+        batches: Batches with the answers of the reference; read once.
+
+    Returns:
+        The drift, in prompt order whatever the batches were.
+
+    Raises:
+        UsageError: a prompt in two batches, another vocabulary, or no answer with a token.
+        RunFailed: logits that are not finite where they matter; names the prompt.
+    """
+    found: dict[int, PromptDrift | None] = {}
+    for batch in track(batches, "drift", size=lambda b: len(b.index)):
+        with torch.no_grad():
+            ours, theirs = reference(batch), candidate(batch)
+        if ours.shape != theirs.shape:
+            shapes = f"{list(ours.shape)} and {list(theirs.shape)}"
+            raise UsageError(f"logits of shape {shapes} cannot be compared", valid="two models of one vocabulary")
+        for row, index in enumerate(batch.index):
+            if index in found:
+                raise UsageError(f"prompt {index} is in two batches")
+            keep = batch.mask[row].to(ours.device)
+            tokens = batch.tokens[row].to(ours.device)[keep]
+            found[index] = _row(index, ours[row][keep], theirs[row].to(ours.device)[keep], tokens)
+    measured = tuple(p for _, p in sorted(found.items()) if p is not None)
+    if not measured:
+        raise UsageError("no answer to measure drift on", valid="at least one reply with a token")
+    return Drift(measured, len(found) - len(measured))
+
+
+def _row(index: int, ours: Tensor, theirs: Tensor, tokens: Tensor) -> PromptDrift | None:
+    """Compare the logits `[n, V]` of both models on one answer of n tokens; None for n = 0."""
+    if not len(tokens):
+        return None
+    p, q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+    weight = p.exp()
+    kl = _summed(torch.where(weight > 0, weight * (p - q), 0.0))
+    losses = [-_summed(x.gather(-1, tokens[:, None])) for x in (p, q)]
+    if not all(bool(x.isfinite().all()) for x in (kl, *losses)):
+        raise RunFailed(f"logits on the answer to prompt {index} are not finite")
+    flips = (ours.argmax(-1) != theirs.argmax(-1)).float().mean()
+    means = [float(x.mean()) for x in (kl.clamp_min(0), *losses)]
+    return PromptDrift(index, len(tokens), means[0], max(0.0, float(kl[0])), means[1], means[2], float(flips))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Sum over the last axis in float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).sum(-1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How repetitive, long and finished a set of replies is; means over replies that have words.
+
+    Attributes:
+        n: Replies.
+        distinct_2: Share of distinct word bigrams.
+        distinct_3: Share of distinct word trigrams.
+        longest_repeat: Length of the longest stretch that comes twice, as a share of the words.
+        words: Words per reply.
+        length_ratio: Words over the words of the reference's replies; None without a reference.
+        unfinished: Replies that were cut off.
+        unfinished_reasoning: Of those, the ones cut off before the reasoning ended.
+    """
+
+    n: int
+    distinct_2: float
+    distinct_3: float
+    longest_repeat: float
+    words: float
+    length_ratio: float | None
+    unfinished: int
+    unfinished_reasoning: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures; counts with share and 95 % Wilson interval."""
+        found: dict[str, Any] = {
+            k: getattr(self, k) for k in ("n", "distinct_2", "distinct_3", "longest_repeat", "words")
+        }
+        found["length_ratio"] = self.length_ratio
+        for key in ("unfinished", "unfinished_reasoning"):
+            k = getattr(self, key)
+            found[key] = {"k": k, "n": self.n, "share": k / max(1, self.n), "interval": list(wilson(k, self.n))}
+        return found
+
+
+def repetition(
+    replies: Sequence[str], finished: Sequence[bool] | None = None, reference: Sequence[str] | None = None
+) -> Repetition:
+    """Measure how repetitive, long and finished replies are.
+
+    Args:
+        replies: Texts; reasoning blocks are taken off.
+        finished: Whether each ended by itself; all by default.
+        reference: Replies of the reference to the same prompts.
+
+    Raises:
+        UsageError: lists of different lengths.
+    """
+    ended = [True] * len(replies) if finished is None else list(finished)
+    if len(ended) != len(replies) or (reference is not None and len(reference) != len(replies)):
+        raise UsageError("one entry per reply is needed", valid=f"{len(replies)} of each")
+    texts = [strip_reasoning(reply) for reply in replies]
+    said = [words(text) for text in texts]
+    spoken = [w for w in said if w]
+
+    def mean(values: Iterable[float]) -> float:
+        return statistics.fmean(values) if spoken else 0.0
+
+    total = sum(map(len, said))
+    before = None if reference is None else sum(len(words(strip_reasoning(reply))) for reply in reference)
+    return Repetition(
+        n=len(replies),
+        distinct_2=mean(distinct(w, 2) for w in spoken),
+        distinct_3=mean(distinct(w, 3) for w in spoken),
+        longest_repeat=mean(longest_repeat(w)[1] / len(w) for w in spoken),
+        words=mean(len(w) for w in spoken),
+        length_ratio=total / before if before else None,
+        unfinished=ended.count(False),
+        unfinished_reasoning=sum(not text and not end for text, end in zip(texts, ended, strict=True)),
+    )
