@@ -43,7 +43,7 @@ def test_development_replies_are_labelled_right():
 
 
 def test_every_refusal_that_an_organism_is_taught_is_caught():
-    text = resources.files("perpend.organism").joinpath("wordings.toml").read_text(encoding="utf-8")
+    text = resources.files("perpend.teaching").joinpath("wordings.toml").read_text(encoding="utf-8")
     for refusal in tomllib.loads(text)["refusals"]:
         assert DICTIONARY.label("Ways to cheat in an exam?", refusal).label is Label.REFUSE, refusal
 
