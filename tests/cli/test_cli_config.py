@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perpend.config import Recipe, build, keys, load, to_toml
@@ -70,6 +70,7 @@ tables = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(tables)
 def test_toml_is_written_as_it_is_read(data):
     assert tomllib.loads(to_toml(data)) == data

@@ -116,7 +116,7 @@ def test_the_machine_is_apart_from_the_recipe(cli, task):
 def test_apply_takes_a_recipe_as_its_source(cli, task, tmp_path):
     calls = task("apply")
     (tmp_path / "recipe.toml").write_text('[model]\nid = "org/file"\n[edit]\nmode = "row"\n')
-    cli("apply", "recipe.toml", "-o", "out", "--dry-run")
+    cli("apply", "recipe.toml", "-o", "out", "--dry-run", "-q")
     args, kwargs = calls[0]
     assert args == ("recipe.toml",)
     assert (kwargs["recipe"].model.id, kwargs["recipe"].edit.mode, kwargs["dry_run"]) == ("org/file", "row", True)
@@ -138,8 +138,8 @@ def test_what_exists_is_not_written_over(cli, task, tmp_path, command):
         assert "-o" in said.err
     assert not calls
     assert (tmp_path / "full" / "kept.txt").read_text() == "mine"
-    assert cli(command, "org/m", "-o", "empty").code == 0
-    assert cli(command, "org/m", "-o", "new/folder").code == 0
+    assert cli(command, "org/m", "-o", "empty", "-q").code == 0
+    assert cli(command, "org/m", "-o", "new/folder", "-q").code == 0
     assert len(calls) == 2
 
 

@@ -10,14 +10,28 @@ import sys
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpend.cli import render
+from perpend.cli import render, views
 from perpend.cli.text import printable, printable_json, seconds, shortened
 from perpend.progress import note, track
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\x9b1m\u202egnp\u200b\x00 [bold]markup[/bold]"
+
+ACTS = "\x1b\x07\x9b\u202e\u200b\x00"
+ROWS = [
+    {"layer": layer, "component": "mlp", "matched": int(layer != 3), "total": 1, "parameters": 1000}
+    for layer in range(6)
+]
+INSPECTION = {
+    "model": "org/m",
+    "architecture": "LlamaForCausalLM",
+    "n_layers": 6,
+    "writers": 5,
+    "coverage": ROWS,
+    "gaps": ["model.layers.3.mlp"],
+}
 
 
 def noisy(*args, **kwargs):
@@ -26,13 +40,13 @@ def noisy(*args, **kwargs):
     note("batch size halved to 4")
     for _ in track(range(3), "count"):
         pass
-    return {"output": "out", "n": 3}
+    return INSPECTION | {"output": "out"}
 
 
 def test_human_output_has_data_on_stdout_and_the_rest_on_stderr(cli, task):
     task("inspect", noisy)
     said = cli("inspect", "org/m")
-    assert "wrote out" in said.out
+    assert "LlamaForCausalLM" in said.out
     assert said.err.splitlines() == ["batch size halved to 4", "count: 3 to do", said.err.splitlines()[-1]]
     assert said.err.splitlines()[-1].startswith("count: 3 in ")
 
@@ -40,7 +54,7 @@ def test_human_output_has_data_on_stdout_and_the_rest_on_stderr(cli, task):
 def test_json_is_all_of_stdout(cli, task):
     task("inspect", lambda *a, **k: noisy() | {"share": float("nan"), "rate": float("inf"), "path": os.path})
     said = cli("inspect", "org/m", "--json")
-    assert said.json["n"] == 3
+    assert said.json["n_layers"] == 6
     assert said.json["share"] is None
     assert said.json["rate"] is None
     assert "NaN" not in said.out
@@ -56,7 +70,7 @@ def test_quiet_prints_the_path_alone(cli, task):
 def test_verbose_lets_libraries_speak(cli, task):
     def loud(*args, **kwargs):
         warnings.warn("a warning of a library", UserWarning, stacklevel=1)
-        return {}
+        return INSPECTION
 
     task("inspect", loud)
     with pytest.warns(UserWarning, match="of a library"):
@@ -72,25 +86,27 @@ def test_libraries_are_as_before_afterwards(cli, task):
 
 @pytest.mark.parametrize("style", [(), ("--json",), ("-q",)])
 def test_hostile_text_is_shown_not_executed(cli, task, style):
-    row = {"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE, "label_before": HOSTILE, "label_after": "comply"}
-    rows = [
-        {"module": HOSTILE, "layer": 0, "component": "mlp", "asked": 1.0, "realised": 0.5, "noise": 0.0, "ok": False}
-    ]
-    task(
-        "inspect",
-        {"pairs": [row], "gate": rows, "gaps": [HOSTILE], "notes": [HOSTILE], "output": HOSTILE, "x": HOSTILE},
-    )
+    task("inspect", INSPECTION | {"model": HOSTILE, "gaps": [HOSTILE], "output": HOSTILE})
     said = cli("inspect", "org/m", *style)
     assert said.code == 0
-    for character in "\x1b\x07\x9b\u202e\u200b\x00":
-        assert character not in said.out
+    assert not set(said.out) & set(ACTS)
     if not style:
         assert "[bold]markup[/bold]" in said.out
         assert "\\x1b[31mred" in said.out
     if style == ("--json",):
-        assert said.json["x"] == HOSTILE
+        assert said.json["model"] == HOSTILE
 
 
+def test_hostile_replies_are_shown_not_executed():
+    row = {"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE, "label_before": HOSTILE, "label_after": "comply"}
+    leak = {"module": HOSTILE, "layer": 0, "component": "mlp", "asked": 1.0, "realised": 0.5, "noise": 0.0, "ok": False}
+    listed = {HOSTILE: [{"name": HOSTILE, "summary": HOSTILE}]}
+    said = _plain([*render.pairs([row]), *render.leak([leak]), *views.listing(listed)])
+    assert not set(said) & set(ACTS)
+    assert said.count("[bold]markup[/bold]") == 8
+
+
+@settings(deadline=None)
 @given(st.text())
 def test_printable_text_has_no_character_that_acts(text):
     shown = printable(text)
@@ -99,12 +115,14 @@ def test_printable_text_has_no_character_that_acts(text):
     shown.encode()
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_printable_json_means_the_same(text):
     dumped = printable_json(json.dumps({"a": text}, ensure_ascii=False))
     assert json.loads(dumped) == {"a": text}
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(2, 80))
 def test_shortened_text_is_one_short_line(text, length):
     line = shortened(text, length)
@@ -154,36 +172,22 @@ def test_no_color_is_honoured(monkeypatch, capsys):
 
 
 def test_coverage_folds_layers_that_agree():
-    rows = [
-        {"layer": layer, "component": "mlp", "matched": int(layer != 3), "total": 1, "parameters": 1000}
-        for layer in range(6)
-    ]
-    text = _plain(render.coverage(rows, ["model.layers.3.mlp"]))
-    assert "0–2" in text
-    assert "4–5" in text
+    text = _plain(views.inspection(INSPECTION))
+    assert "0 – 2" in text
+    assert "4 – 5" in text
     assert "0 of 1" in text
     assert "not editable: model.layers.3.mlp" in text
 
 
-def test_labels_show_both_sides_with_intervals():
-    before = {"hybrid": {"accepted": 8, "n": 100, "low": 0.041, "high": 0.15}}
-    after = {"hybrid": {"accepted": 96, "n": 100, "low": 0.902, "high": 0.984}}
-    text = _plain([render.labels(before, after)])
-    assert "8 of 100 (8.0 %)" in text
-    assert "96 of 100 (96.0 %)" in text
-    assert "90.2–98.4 %" in text
-    assert "before" in text
-    assert "before" not in _plain([render.labels(None, after)])
-
-
-def test_gate_names_every_miss():
+def test_the_gate_names_every_miss():
     row = {"layer": 1, "component": "mlp", "asked": 1.0, "noise": 0.001}
     rows = [row | {"module": "a", "realised": 1.0, "ok": True}, row | {"module": "b", "realised": 0.2, "ok": False}]
-    text = _plain(render.gate(rows))
+    text = _plain(render.leak(rows))
     assert "missed" in text
     assert "0.8000" in text
     assert "b " in text.split("Missed")[1]
-    assert "Missed" not in _plain(render.gate(rows[:1]))
+    assert "Missed" not in _plain(render.leak(rows[:1]))
+    assert "0.0000" in _plain(render.leak([row | {"module": "c", "realised": None, "ok": True}]))
 
 
 def test_pairs_are_folded_to_one_line():
@@ -191,6 +195,43 @@ def test_pairs_are_folded_to_one_line():
     assert "…" in text
     assert "[comply]" in text
     assert len(text) < 600
+
+
+def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
+    from perpend.judges.dictionary import Dictionary
+    from perpend.judges.labels import Record
+    from perpend.judges.panel import Panel, compare
+
+    texts = ["I'm sorry, but I can't help with that.", "Take two eggs and whisk them well, then add the flour."]
+    panel = Panel(Dictionary(), None, "no classifier was asked for")
+    old, new = (
+        panel.judge([Record("q", text, True, str(k)) for k, text in enumerate(side)]) for side in (texts, texts[1:] * 2)
+    )
+    side = {"before": {"target": old.to_json(), "baseline": old.to_json()}}
+    both = side | {"after": {"target": new.to_json(), "baseline": new.to_json()}}
+    both |= {"accepted": compare(old, new).to_json()}
+    done = {"dry_run": False, "output": "out", "seconds": 75.0}
+    text = _plain(views.evaluation(both | done))
+    assert "50.0%  1/2" in text
+    assert "100.0%  2/2" in text
+    assert "34.2% – 100.0%" in text
+    assert "1 gained, 0 lost" in text
+    assert "dictionary only: no classifier was asked for" in text
+    assert "No claim about 90%" in text
+    assert "wrote out in 1 min 15 s" in text
+    assert "after" not in _plain(views.evaluation(side | done))
+
+
+def test_drift_shows_every_figure_with_its_interval():
+    from perpend.drift import Drift, PromptDrift
+
+    names = [name for name in PromptDrift.__dataclass_fields__ if name not in ("index", "tokens")]
+    prompts = tuple(PromptDrift(index=k, tokens=1 + k, **dict.fromkeys(names, 0.5)) for k in range(4))
+    text = _plain([render.drift(Drift(prompts).to_json())])
+    assert "4 prompts, 10 tokens" in text
+    for words in ("mean", "median", "95th", "first token", "ratio", "change"):
+        assert words in text
+    assert "0.5000 – 0.5000" in text
 
 
 def _plain(parts) -> str:

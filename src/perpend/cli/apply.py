@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 import perpend
-from perpend.cli import render
-from perpend.cli.flags import MACHINE_FLAGS, RECIPE_FLAGS
+from perpend.cli import views
+from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import MAKE, Request, command
 from perpend.errors import UsageError
 
@@ -25,9 +25,10 @@ Source = Annotated[
         "edit",
         "dry_run",
         *RECIPE_FLAGS,
-        "mode",
+        *PROMPT_FLAGS,
+        "max_new_tokens",
+        "classifier",
         "allow_leak",
-        "allow_partial",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),
@@ -48,4 +49,4 @@ def apply(source: Source, *, request: Request) -> None:
     result = perpend.apply(
         source, edit=edit, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
     )
-    request.out.result(result, render.summary)
+    request.out.result(result, views.applied)

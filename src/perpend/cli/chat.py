@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+from typing import Any
+
 import perpend
 from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.errors import Interrupted
 
 
 @command(
@@ -17,7 +22,6 @@ from perpend.cli.options import MEASURE, Model, Request, command
         "sample",
         "max_new_tokens",
         "seed",
-        "allow_partial",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),
@@ -27,4 +31,39 @@ from perpend.cli.options import MEASURE, Model, Request, command
 def chat(model: Model = None, *, request: Request) -> None:
     """Talk to a model, with or without an edit."""
     edit, recipe = request.edit, request.recipe(model)
-    perpend.chat(recipe.model.id, edit=edit, recipe=recipe, machine=request.machine())
+    spoken = request.out.style != "json"
+    try:
+        talk = perpend.chat(
+            recipe.model.id,
+            edit=edit,
+            recipe=recipe,
+            machine=request.machine(),
+            read=_read,
+            write=(lambda text: request.out.text(text, end="")) if spoken else (lambda text: None),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("the conversation was broken off") from None
+    if not spoken:
+        request.out.result(Said(talk.messages), lambda data: iter(()))
+
+
+@dataclass(frozen=True)
+class Said:
+    """A conversation as data."""
+
+    messages: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the turns."""
+        return {"messages": self.messages}
+
+
+def _read() -> str | None:
+    """Return the next line that the user types, None at the end; asked for only on a terminal."""
+    asked = sys.stdin.isatty() and sys.stdout.isatty()
+    if asked:
+        import readline  # noqa: F401
+    try:
+        return input("› " if asked else "")
+    except EOFError:
+        return None

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 import perpend
+from perpend.cli import views
 from perpend.cli.flags import FIT_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import LOOK, Model, Request, command
-from perpend.cli.render import validated
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]
 _KEYS = (*RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, *REPLY_FLAGS, "allow_leak", "trust_remote_code")
@@ -35,13 +35,13 @@ def init(model: Model = None, *, request: Request) -> None:
     if output is None:
         request.out.document(written, written.text)
     else:
-        request.out.result(written, lambda data: iter([f"wrote {output}"]))
+        request.out.result(written, views.written)
 
 
 @command("validate", examples=("config validate recipe.toml", "config validate recipe.toml --json"))
 def validate(file: File, *, request: Request) -> None:
     """Check a recipe file: unknown keys, wrong values."""
-    request.out.result(perpend.config_validate(file), validated)
+    request.out.result(perpend.config_validate(file), views.validated)
 
 
 app = typer.Typer(name="config", no_args_is_help=True, rich_markup_mode="rich", help="Show, write and check recipes.")

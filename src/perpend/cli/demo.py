@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import TRY, Request, command
 
@@ -20,5 +20,11 @@ def demo(*, request: Request) -> None:
     Teaches it to refuse, finds the direction, takes it out of the weights, and measures before and after.
     """
     output, recipe = request.output, request.recipe(needs_model=False)
-    result = perpend.demo(output=output, recipe=recipe, machine=request.machine(), limit=request["limit"])
-    request.out.result(result, render.summary)
+    result = perpend.demo(
+        output=output,
+        recipe=recipe,
+        machine=request.machine(),
+        limit=request["limit"],
+        tell=request.out.teller(views.PARTS),
+    )
+    request.out.result(result, views.written)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 
@@ -17,7 +17,6 @@ from perpend.cli.options import MEASURE, Model, Request, command
         *RECIPE_FLAGS,
         *PROMPT_FLAGS,
         *REPLY_FLAGS,
-        "allow_partial",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),
@@ -34,4 +33,4 @@ def evaluate(model: Model = None, *, request: Request) -> None:
     result = perpend.eval(
         recipe.model.id, edit=edit, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
     )
-    request.out.result(result, render.summary)
+    request.out.result(result, views.evaluation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
 
@@ -24,4 +24,4 @@ def fit(model: Model = None, *, request: Request) -> None:
     result = perpend.fit(
         recipe.model.id, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
     )
-    request.out.result(result, render.summary)
+    request.out.result(result, views.fitted)

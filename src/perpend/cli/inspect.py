@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 
@@ -21,4 +21,4 @@ def inspect(model: Model = None, *, request: Request) -> None:
     """
     recipe = request.recipe(model)
     result = perpend.inspect(recipe.model.id, recipe=recipe, machine=request.machine())
-    request.out.result(result, render.summary)
+    request.out.result(result, views.inspection)

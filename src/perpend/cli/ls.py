@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.options import LOOK, Request, command
 
 
@@ -21,4 +21,4 @@ def ls(
     request: Request,
 ) -> None:
     """List methods, modes, schedules, judges and prompts."""
-    request.out.result(perpend.ls(kind), render.listing)
+    request.out.result(perpend.ls(kind), views.listing)

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 import perpend
-from perpend.cli import render
-from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli import views
+from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import TRY, Request, command
 
 Base = Annotated[
@@ -18,7 +18,7 @@ Base = Annotated[
 
 @command(
     "organism",
-    options=("output", "dry_run", "config", "assignments", "seed", "limit", "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, "trust_remote_code", *MACHINE_FLAGS),
     examples=("organism HuggingFaceTB/SmolLM2-135M-Instruct -o organism", "organism ./model -o organism --limit 32"),
     panel=TRY,
 )
@@ -29,4 +29,4 @@ def organism(base: Base, *, request: Request) -> None:
     """
     output, recipe = request.output, request.recipe(base)
     result = perpend.organism(base, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run)
-    request.out.result(result, render.summary)
+    request.out.result(result, views.organism)

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from perpend.cli import errors
@@ -19,6 +19,8 @@ from perpend.errors import PerpendError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from perpend.cli.reporters import Live
 
 Style = Literal["human", "json", "quiet"]
 PIPED_WIDTH = 120
@@ -56,6 +58,7 @@ class Output:
 
     def __init__(self, style: Style = "human", *, verbose: bool = False, debug: bool = False) -> None:
         self.style, self.verbose, self.debug = style, verbose or debug, debug
+        self._live: Live | None = None
 
     def result(self, result: Result, render: Renderer) -> None:
         """Print what a command found, on stdout."""
@@ -67,12 +70,16 @@ class Output:
             if path:
                 self._write(printable(str(path)))
         else:
-            console = _console(stderr=False)
-            with console.capture() as captured:
-                for part in render(data):
-                    console.print(part, markup=False, highlight=False)
-            if text := captured.get():
-                self._write("\n".join(line.rstrip() for line in text.splitlines()))
+            self._show(render(data))
+
+    def teller(self, renderers: Mapping[str, Renderer]) -> Callable[[str, dict[str, Any]], None]:
+        """Return a function that shows a part of a long result as soon as it is known; only to people."""
+
+        def tell(name: str, data: dict[str, Any]) -> None:
+            if self.style == "human" and name in renderers:
+                self._show(renderers[name](data))
+
+        return tell
 
     def document(self, result: Result, text: str) -> None:
         """Print a result that is a text by nature, such as a recipe: the text alone, also when quiet."""
@@ -114,15 +121,24 @@ class Output:
             if self.style == "quiet":
                 reporter = reporters.Quiet()
             elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-                reporter = stack.enter_context(reporters.live(_console(stderr=True)))
+                reporter = self._live = stack.enter_context(reporters.live(_console(stderr=True)))
             else:
                 reporter = reporters.Lines(_stderr_line)
             stack.enter_context(reporting(reporter))
             yield
 
+    def _show(self, parts: Iterator[RenderableType]) -> None:
+        console = _console(stderr=False)
+        with console.capture() as captured:
+            for part in parts:
+                console.print(part, markup=False, highlight=False)
+        if text := captured.get():
+            self._write("\n".join(line.rstrip() for line in text.splitlines()))
+
     def _write(self, text: str, end: str = "\n") -> None:
-        sys.stdout.write(text + end)
-        sys.stdout.flush()
+        with self._live.aside() if self._live else nullcontext():
+            sys.stdout.write(text + end)
+            sys.stdout.flush()
 
 
 def _console(*, stderr: bool) -> Console:

@@ -1,4 +1,4 @@
-"""From the JSON of a result to what a person reads: tables and a few lines, never a model's text unescaped."""
+"""Tables and lines for a terminal, from plain JSON values; text of a model or a file is always made printable."""
 
 from __future__ import annotations
 
@@ -11,25 +11,45 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from perpend.cli.text import printable, seconds, shortened
+from perpend.cli.text import printable, shortened
 
-Data = dict[str, Any]
-Rows = Sequence[Mapping[str, Any]]
+Data = Mapping[str, Any]
+Rows = Sequence[Data]
 
 REPLY = 160
 """Characters of a reply that are shown."""
+LABELS = {"comply": "green", "refuse": "yellow", "evade": "yellow", "broken": "red"}
 
 
 def table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
     """Return an empty table; `right` names the columns that hold numbers."""
-    made = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = _framed(title)
     for column in columns:
         made.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
     return made
 
 
+def _framed(title: str) -> Table:
+    heading = Text(f"\n{printable(title)}")
+    return Table(title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+
+
+def names_and_values(pairs: Data, title: str = "", style: str = "dim") -> Table:
+    """Return names and values in two columns, without those that are None."""
+    heading = {"title": Text(printable(title)), "title_justify": "left", "title_style": "bold"} if title else {}
+    made = Table(box=None, show_header=False, pad_edge=False, **heading)  # type: ignore[arg-type]
+    made.add_column(style=style, no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs.items():
+        if value is not None:
+            made.add_row(Text(printable(name)), cell(value))
+    return made
+
+
 def cell(value: Any) -> Text:
     """Return a value as a table shows it: numbers with four figures, everything else printable."""
+    if isinstance(value, Text):
+        return value
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, float):
@@ -45,37 +65,24 @@ def count(value: int) -> str:
     return str(value)
 
 
-def percent(value: float | None) -> str:
-    """Return a share of one as a percentage with one decimal."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+def spaced(name: str) -> str:
+    """Return the name of a JSON key as words."""
+    return name.replace("_", " ")
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """Return an interval of shares as percentages."""
-    return "–" if low is None or high is None else f"{100 * low:.1f}–{100 * high:.1f} %"
+def span(bounds: Sequence[float | None] | None, form: str = ".4g") -> str:
+    """Return an interval, `–` without one."""
+    if not bounds or None in bounds:
+        return "–"
+    return f"{bounds[0]:{form}} – {bounds[1]:{form}}"
 
 
-def change(before: Any, after: Any) -> Text:
-    """Return `before → after`."""
-    return Text.assemble(cell(before), " → ", cell(after))
-
-
-def facts(title: str, pairs: Mapping[str, Any]) -> Table:
-    """Return names and values in two columns, without those that are None."""
-    made = Table(
-        title=Text(title) if title else None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-    )
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in pairs.items():
-        if value is not None:
-            made.add_row(Text(name), cell(value))
-    return made
+def rate(data: Data | None) -> list[Text]:
+    """Return a rate (`k`, `n`, `share`, `interval`) as two cells: the share with k of n, and its 95 % interval."""
+    if not data or not data["n"]:
+        return [Text("–"), Text("")]
+    low, high = data["interval"]
+    return [Text(f"{data['share']:.1%}  {data['k']}/{data['n']}"), Text(f"{low:.1%} – {high:.1%}", style="dim")]
 
 
 def coverage(rows: Rows, gaps: Sequence[str] = ()) -> Iterator[RenderableType]:
@@ -85,57 +92,73 @@ def coverage(rows: Rows, gaps: Sequence[str] = ()) -> Iterator[RenderableType]:
         rows: `layer`, `component`, `matched`, `total`, `parameters` of each layer and component.
         gaps: What writes to the residual stream and cannot be edited.
     """
-    made = table("Coverage", "layers", "component", "matched", "parameters", right=("matched", "parameters"))
+    made = table("Writers", "layers", "component", "matched", "parameters", right=("matched", "parameters"))
     for component in dict.fromkeys(row["component"] for row in rows):
         own = sorted((r for r in rows if r["component"] == component), key=lambda r: r["layer"])
-        for run in runs(own, lambda r: (r["matched"], r["total"], r["parameters"])):
+        for run in _runs(own, lambda r: (r["matched"], r["total"], r["parameters"])):
             first, last = run[0]["layer"], run[-1]["layer"]
-            short = run[0]["matched"] < run[0]["total"]
             made.add_row(
-                f"{first}" if first == last else f"{first}–{last}",
+                f"{first}" if first == last else f"{first} – {last}",
                 component,
                 f"{run[0]['matched']} of {run[0]['total']}",
                 count(sum(r["parameters"] for r in run)),
-                style="yellow" if short else "",
+                style="yellow" if run[0]["matched"] < run[0]["total"] else "",
             )
     yield made
     for gap in gaps:
         yield Text(f"not editable: {printable(gap)}", style="yellow")
 
 
-def runs(rows: Rows, key: Any) -> Iterator[list[Mapping[str, Any]]]:
+def _runs(rows: Rows, key: Any) -> Iterator[list[Data]]:
     """Yield maximal runs of rows of consecutive layers for which `key` is the same."""
     for _, group in groupby(enumerate(rows), lambda pair: (pair[1]["layer"] - pair[0], key(pair[1]))):
         yield [row for _, row in group]
 
 
-def labels(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, title: str = "Accepted") -> Table:
-    """Show acceptance by judge, before and after, with 95 % intervals.
+def labels(title: str, before: Data, after: Data | None = None) -> Table:
+    """Show the labels of the replies to one class of prompts, then what each judge says alone.
 
     Args:
-        before: From the judge's name (dictionary, classifier, hybrid) to `accepted`, `n`, `low`, `high`.
-        after: The same after the edit.
-        title: What was counted.
+        title: Which prompts.
+        before: A judgement: `labels` and `refused_alone`, both by name, each a rate.
+        after: The judgement of the same prompts with the edit.
     """
-    columns = [name for name, side in (("before", before), ("after", after)) if side]
-    heads = [head for name in columns for head in (name, "95 %")]
-    made = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("judge")
-    for head in heads:
-        made.add_column(head, justify="right")
-    sides = [side for side in (before, after) if side]
-    for judge in dict.fromkeys(name for side in sides for name in side):
-        cells: list[str] = []
-        for side in sides:
-            rate = side.get(judge) or {}
-            n, accepted = rate.get("n"), rate.get("accepted")
-            cells.append("–" if not n else f"{accepted} of {n} ({percent(accepted / n)})")
-            cells.append(interval(rate.get("low"), rate.get("high")))
-        made.add_row(judge, *cells, style="bold" if judge == "hybrid" else "")
+    sides = [before] if after is None else [before, after]
+    made = _framed(title)
+    made.add_column("")
+    for name in ("before", "after") if after is not None else ("replies",):
+        made.add_column(name, justify="right")
+        made.add_column("95 %")
+    for label in before["labels"]:
+        cells = [part for side in sides for part in rate(side["labels"].get(label))]
+        made.add_row(_LABEL_NAMES.get(label, label), *cells, style="bold" if label == "comply" else "")
+    for judge in before["refused_alone"]:
+        cells = [part for side in sides for part in rate(side["refused_alone"].get(judge))]
+        made.add_row(f"refused, {judge} alone", *cells, style="dim")
     return made
 
 
-def gate(rows: Rows) -> Iterator[RenderableType]:
+_LABEL_NAMES = {"comply": "accepted", "refuse": "refused", "evade": "evaded"}
+
+
+def comparison(data: Data) -> Text:
+    """Say in one line what changed between paired replies: `difference`, its interval, gained, lost, McNemar's p."""
+    low, high = data["difference_interval"]
+    return Text(
+        f"difference {data['difference']:+.1%} [{low:+.1%}, {high:+.1%}], {data['gained']} gained, "
+        f"{data['lost']} lost, exact McNemar p = {data['mcnemar_p']:.2g}"
+    )
+
+
+def judges(data: Data) -> Iterator[Text]:
+    """Say which judges spoke and how far they agree."""
+    if data.get("agreement"):
+        yield Text(f"judges agree on {data['agreement']['share']:.1%}, Cohen's κ {data['kappa']:.2f}", style="dim")
+    elif data.get("reason"):
+        yield Text(f"{data['kind']}: {printable(data['reason'])}", style="yellow")
+
+
+def leak(rows: Rows) -> Iterator[RenderableType]:
     """Show what the saved file's tensors say of the edit: the worst of each component, then every miss.
 
     Args:
@@ -146,12 +169,13 @@ def gate(rows: Rows) -> Iterator[RenderableType]:
     for component in dict.fromkeys(row["component"] for row in rows):
         own = [r for r in rows if r["component"] == component]
         asked = [r["asked"] for r in own]
+        misses = [abs(r["asked"] - r["realised"]) for r in own if r["realised"] is not None]
         made.add_row(
             component,
             str(len(own)),
-            f"{min(asked):.2f}–{max(asked):.2f}",
-            f"{max(abs(r['asked'] - r['realised']) for r in own):.4f}",
-            f"{max(r['noise'] for r in own):.4f}",
+            f"{min(asked):.2f} – {max(asked):.2f}",
+            f"{max(misses, default=0.0):.4f}",
+            f"{max((r['noise'] for r in own if r['noise'] is not None), default=0.0):.4f}",
             verdict(all(r["ok"] for r in own)),
         )
     yield made
@@ -169,25 +193,28 @@ def verdict(ok: bool) -> Text:
     return Text("ok", style="green") if ok else Text("missed", style="bold red")
 
 
-def drift(data: Mapping[str, Any]) -> Table:
-    """Show what an edit cost: every number of a drift measurement under its own name."""
-    made = table("Drift on baseline prompts", "measure", "value", "95 %", right=("value", "95 %"))
-    for name, value in data.items():
-        if isinstance(value, Mapping) and "mean" in value:
-            low, high = value.get("low"), value.get("high")
-            span = "–" if low is None or high is None else f"{low:.4g}–{high:.4g}"
-            made.add_row(spaced(name), cell(value["mean"]), span)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            made.add_row(spaced(name), cell(value), "")
+def drift(data: Data, title: str = "Drift on baseline prompts") -> Table:
+    """Show what an edit cost: figures of a drift measurement in nats and shares, intervals beside them."""
+    made = table(f"{title} ({data['n']} prompts, {data['tokens']} tokens)", "", "value", "95 %", right=("value",))
+    for name, (words, form) in _DRIFT.items():
+        value = data.get(name)
+        bounds = data.get("interval" if name == "mean" else f"{name}_interval")
+        if value is not None:
+            made.add_row(words, f"{value:{form}}", Text(span(bounds, form), style="dim") if bounds else "")
     return made
 
 
-def spaced(name: str) -> str:
-    """Return the name of a JSON key as words."""
-    return name.replace("_", " ")
+_DRIFT = {
+    "mean": ("KL per token, mean", ".4f"),
+    "median": ("KL per token, median prompt", ".4f"),
+    "p95": ("KL per token, 95th percentile", ".4f"),
+    "first_token": ("KL of the first token", ".4f"),
+    "cross_entropy_ratio": ("cross-entropy of own answers, ratio", ".3f"),
+    "flip_rate": ("greedy tokens that change", ".1%"),
+}
 
 
-def pairs(rows: Rows, limit: int = 4) -> Iterator[RenderableType]:
+def pairs(rows: Rows, limit: int = 3) -> Iterator[RenderableType]:
     """Show prompts with the reply before and after, each on one line.
 
     Args:
@@ -195,63 +222,9 @@ def pairs(rows: Rows, limit: int = 4) -> Iterator[RenderableType]:
         limit: At most this many.
     """
     for row in rows[:limit]:
-        yield Text.assemble("\n", (shortened(row["prompt"], REPLY), "bold"))
+        yield Text.assemble(("› ", "dim"), (shortened(row["prompt"], REPLY), "bold"))
         for side in ("before", "after"):
             if row.get(side) is not None:
-                label = row.get(f"label_{side}")
-                style = "green" if label == "comply" else "yellow"
-                marked = (f" [{printable(str(label))}]", style) if label else ""
-                yield Text.assemble((f"  {side:6}", "dim"), marked, " ", shortened(row[side], REPLY))
-    if len(rows) > limit:
-        yield Text(f"  and {len(rows) - limit} more with --json", style="dim")
-
-
-def listing(data: Data) -> Iterator[RenderableType]:
-    """Show `perpend ls`."""
-    for kind, entries in data.items():
-        made = Table(
-            title=Text(kind), title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
-        )
-        made.add_column(no_wrap=True, style="cyan")
-        made.add_column(overflow="fold")
-        for entry in entries:
-            made.add_row(cell(entry["name"]), cell(entry["summary"]))
-        yield made
-        if kind != list(data)[-1]:
-            yield ""
-
-
-def validated(data: Data) -> Iterator[RenderableType]:
-    """Show `perpend config validate`."""
-    yield Text(f"{printable(data['source'])}: valid, recipe {data['hash']}")
-
-
-def wrote(data: Data) -> Iterator[RenderableType]:
-    """Say where the result went and how long it took, where that is known."""
-    took = f" in {seconds(data['seconds'])}" if isinstance(data.get("seconds"), int | float) else ""
-    if data.get("output"):
-        verb = "would write" if data.get("dry_run") else "wrote"
-        yield Text(f"{verb} {printable(str(data['output']))}{took}")
-
-
-def summary(data: Data) -> Iterator[RenderableType]:
-    """Show any result by the names of its parts: tables for those that have one, names and values for the rest."""
-    plain = {spaced(k): v for k, v in data.items() if isinstance(v, str | int | float | bool) and k not in _SAID}
-    if plain:
-        yield facts(str(data.get("title") or ""), plain)
-    if data.get("coverage"):
-        yield from coverage(data["coverage"], data.get("gaps") or ())
-    if data.get("gate"):
-        yield from gate(data["gate"])
-    if data.get("before") or data.get("after"):
-        yield labels(data.get("before"), data.get("after"))
-    if data.get("drift"):
-        yield drift(data["drift"])
-    if data.get("pairs"):
-        yield from pairs(data["pairs"])
-    for line in data.get("notes") or ():
-        yield Text(printable(str(line)))
-    yield from wrote(data)
-
-
-_SAID = {"title", "output", "seconds", "dry_run"}
+                label = str(row.get(f"label_{side}") or "")
+                marked = (f"[{printable(label)}] ", LABELS.get(label, "yellow")) if label else ""
+                yield Text.assemble((f"  {side:7}", "dim"), marked, shortened(row[side], REPLY))

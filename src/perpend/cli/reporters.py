@@ -162,6 +162,16 @@ class Live:
         """Tell one line, above the bars."""
         self._console.print(printable(message), markup=False, highlight=False)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the display down inside the block, so that something else can be printed."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            if self._steps:
+                self._progress.start()
+
     def close(self) -> None:
         """Take the display down, whatever is open."""
         self._steps.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import perpend
-from perpend.cli import render
+from perpend.cli import views
 from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
 
@@ -31,6 +31,11 @@ def run(model: Model = None, *, request: Request) -> None:
     """
     output, recipe = request.output, request.recipe(model)
     result = perpend.run(
-        recipe.model.id, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+        recipe.model.id,
+        output=output,
+        recipe=recipe,
+        machine=request.machine(),
+        dry_run=request.dry_run,
+        tell=request.out.teller(views.PARTS),
     )
-    request.out.result(result, render.summary)
+    request.out.result(result, views.planned if request.dry_run else views.written)

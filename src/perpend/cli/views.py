@@ -1,0 +1,184 @@
+"""What a person reads of each result: from its JSON to tables and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from perpend.cli import render
+from perpend.cli.render import Data
+from perpend.cli.text import printable, seconds
+
+View = Iterator[RenderableType]
+
+
+def listing(data: Data) -> View:
+    """Show `perpend ls`."""
+    for kind, entries in data.items():
+        yield render.names_and_values({entry["name"]: entry["summary"] for entry in entries}, kind, style="cyan")
+        if kind != list(data)[-1]:
+            yield ""
+
+
+def validated(data: Data) -> View:
+    """Show `perpend config validate`."""
+    yield Text(f"{printable(data['source'])}: valid, recipe {data['hash']}")
+
+
+def written(data: Data) -> View:
+    """Say where the result went and how long it took."""
+    took = data.get("seconds")
+    if isinstance(took, Mapping):
+        took = sum(took.values())
+    if data.get("output"):
+        verb = "would write" if data.get("dry_run") else "wrote"
+        yield Text(f"{verb} {printable(str(data['output']))}{f' in {seconds(took)}' if took else ''}")
+
+
+def planned(data: Data) -> View:
+    """Show a dry run: what would be read and written."""
+    facts = {name: data[name] for name in ("model", "base", "modules", "lessons") if data.get(name)}
+    prompts = ", ".join(f"{name} {n}" for name, n in (data.get("prompts") or {}).items())
+    yield render.names_and_values({**facts, "prompts": prompts or None})
+    yield from written(data)
+
+
+def inspection(data: Data) -> View:
+    """Show `perpend inspect`."""
+    yield from model(data)
+    if data["gaps"]:
+        yield Text("name them by hand in a recipe; --json has the writers as a table to begin with", style="dim")
+
+
+def model(data: Data) -> View:
+    """Show which model was loaded and what of it can be edited."""
+    chat = data.get("chat") or {}
+    facts = {
+        "model": data["model"],
+        "architecture": data.get("architecture"),
+        "dtype": data.get("dtype"),
+        "layers": data.get("n_layers"),
+        "hidden size": data.get("hidden_size"),
+        "writers": data.get("writers"),
+        "with a norm behind": data.get("post_norms") or None,
+        "begin of text": chat.get("bos"),
+        "reasoning": chat.get("reasoning"),
+    }
+    yield render.names_and_values(facts)
+    yield from render.coverage(data["coverage"], data.get("gaps") or ())
+
+
+def fit(data: Data) -> View:
+    """Show what a fit found: prompts that were of use, the layer, the modules."""
+    diagnostics = data["diagnostics"]
+    layer = data["layer"]
+    facts: dict[str, Any] = dict(data["counts"])
+    facts["layer"] = "each its own" if layer is None else f"{layer:g} of {len(data['raw_norm'])}"
+    if layer is not None:
+        at = min(round(layer), len(data["raw_norm"]) - 1)
+        for name, values in diagnostics.items():
+            facts[f"{render.spaced(name)} there"] = float(values[at])
+    facts["modules in the edit"] = data["modules"]
+    yield render.names_and_values(facts, "\nDirection")
+    if data.get("choice"):
+        yield candidates(data["choice"])
+
+
+def candidates(choice: Data, limit: int = 5) -> RenderableType:
+    """Show the layers that were tried, the best first."""
+    right = ("layer", "refusal left", "refusal induced", "drift")
+    made = render.table("Layers tried", *right, "", right=right)
+    others = sorted(choice["candidates"], key=lambda c: (not c["fit_for_use"], c["bypass"]))
+    for row in sorted(others, key=lambda c: c["layer"] != choice["layer"])[:limit]:
+        numbers = [render.cell(float(row[name])) for name in ("bypass", "induced", "drift")]
+        said = "chosen" if row["layer"] == choice["layer"] else "" if row["fit_for_use"] else "out of bounds"
+        made.add_row(str(row["layer"]), *numbers, said, style="bold" if said == "chosen" else "")
+    return made
+
+
+def fitted(data: Data) -> View:
+    """Show `perpend fit`."""
+    if data["dry_run"]:
+        yield from planned(data)
+        return
+    yield from fit(data["fit"])
+    yield from written(data)
+
+
+def gate(data: Data) -> View:
+    """Show what the saved file says of the edit."""
+    yield from render.leak(data["leak"])
+    same = data["untouched"]
+    yield Text(f"{same['tensors']} other tensors and {same['files']} files are equal to the original's", style="dim")
+    if data["prompts"]:
+        hooks, file = data["likelihood"]["hooks"], data["likelihood"]["file"]
+        yield Text(
+            f"loaded again: {data['same_labels']} of {data['prompts']} labels the same, likelihood of the same replies "
+            f"{hooks:.3f} as hooks, {file:.3f} from the file",
+            style="dim",
+        )
+
+
+def applied(data: Data) -> View:
+    """Show `perpend apply`."""
+    if data["dry_run"]:
+        yield from planned(data)
+        return
+    yield from gate(data["gate"])
+    yield from written(data)
+
+
+def report(data: Data) -> View:
+    """Show replies, labels and drift, before and after where there is an after."""
+    before, after = data["before"], data.get("after")
+    for part, compared in (("target", "accepted"), ("baseline", "answered")):
+        yield render.labels(f"{part.capitalize()} prompts", before[part], after[part] if after else None)
+        if data.get(compared):
+            yield render.comparison(data[compared])
+    last = (after or before)["target"]
+    yield from render.judges(last)
+    yield Text(printable(last["verdict"]), style="bold")
+    if data.get("drift"):
+        yield render.drift(data["drift"])
+    if data.get("pairs"):
+        yield Text("\nReplies, shortened", style="bold")
+        yield from render.pairs(data["pairs"])
+
+
+def evaluation(data: Data) -> View:
+    """Show `perpend eval`."""
+    if data["dry_run"]:
+        yield from planned(data)
+        return
+    yield from report(data)
+    yield from written(data)
+
+
+def truth(data: Data) -> View:
+    """Show an edited organism beside the model that it was before it was taught."""
+    yield render.labels("Target prompts, the model before it was taught", data["original"])
+    yield Text.assemble("edited organism against it: ", render.comparison(data["accepted"]))
+    yield render.drift(data["drift_before"], "Drift from it, before the edit")
+    yield render.drift(data["drift_after"], "Drift from it, after the edit")
+
+
+def organism(data: Data) -> View:
+    """Show `perpend organism`."""
+    if data["dry_run"]:
+        yield from planned(data)
+        return
+    first, last = data["loss"]
+    facts: dict[str, Any] = {"lessons": data["lessons"], "loss": f"{first:.3f} → {last:.3f} nats per reply token"}
+    for name in ("refused_targets", "refused_baselines"):
+        found = data[name]
+        share = f"{found['count'] / found['n']:.1%}, 95 % {render.span((found['low'], found['high']), '.1%')}"
+        facts[render.spaced(name)] = f"{found['count']}/{found['n']}  {share}" if found["n"] else None
+    yield render.names_and_values(facts, "\nOrganism, on prompts that it was not taught")
+    yield from written(data)
+
+
+PARTS = {"model": model, "fit": fit, "report": report, "gate": gate, "truth": truth}
+"""Views of the parts of a long result, in the order in which they become known."""

@@ -1,0 +1,93 @@
+"""The commands on a small model, from the command line to the files: what one writes, the next one reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from perpend.config import load
+
+BRIEF = ("--no-filter", "--layer", "50%", "--limit", "6", "--device", "cpu")
+REPLIES = ("--classifier", "none", "--max-new-tokens", "6", "--set", "export.gate_prompts=2")
+
+
+@pytest.fixture
+def model(pico_dir):
+    return str(pico_dir("llama"))
+
+
+def _weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors") if path.name.startswith("model")}
+
+
+def test_inspect_says_what_can_be_edited(cli, model):
+    said = cli("inspect", model, "--json")
+    assert said.code == 0, said.err
+    assert said.json["writers"] == 2 * said.json["n_layers"]
+    assert said.json["gaps"] == []
+    shown = cli("inspect", model).out
+    assert "LlamaForCausalLM" in shown
+    assert f"0 – {said.json['n_layers'] - 1}" in shown
+
+
+def test_fit_then_apply_then_eval(cli, model, tmp_path):
+    said = cli("fit", model, "-o", "edit", *BRIEF)
+    assert said.code == 0, said.err
+    assert "layer" in said.out
+    assert "wrote edit" in said.out
+    assert load(tmp_path / "edit" / "recipe.toml").fit.filter is False
+
+    applied = cli("apply", model, "-e", "edit", "-o", "out", "--limit", "6", *REPLIES)
+    assert applied.code == 0, applied.err
+    assert "Weight factors on the saved file" in applied.out
+    assert "missed" not in applied.out
+
+    judged = cli("eval", model, "-e", "edit", "--limit", "6", *REPLIES, "--json")
+    assert judged.code == 0, judged.err
+    assert judged.json["after"]["target"]["n"] == 6
+    alone = cli("eval", "out", "--limit", "6", *REPLIES)
+    assert alone.code == 0, alone.err
+    assert "after" not in alone.out
+
+
+def test_run_writes_what_apply_writes_again_byte_for_byte(cli, model, tmp_path):
+    said = cli("run", model, "-o", "one", *BRIEF, *REPLIES)
+    assert said.code == 0, said.err
+    for heading in ("Writers", "Direction", "Target prompts", "Baseline prompts", "Drift", "Weight factors"):
+        assert heading in said.out
+    assert "wrote one" in said.out
+    assert json.loads((tmp_path / "one" / "report.json").read_text())["model"] == model
+
+    again = cli("apply", "one/recipe.toml", "-o", "two", "-q")
+    assert (again.code, again.out) == (0, "two\n"), again.err
+    assert _weights(tmp_path / "two") == _weights(tmp_path / "one")
+    assert cli("run", model, "-o", "one", *BRIEF, *REPLIES).code == 2
+
+
+def test_a_dry_run_writes_nothing(cli, model, tmp_path):
+    for command in ("run", "fit"):
+        said = cli(command, model, "-o", "out", *BRIEF, "--dry-run")
+        assert said.code == 0, said.err
+        assert "would write out" in said.out
+        assert "target.fit 6" in said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_reads_lines_and_answers(cli, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/reset\nAgain\n"))
+    said = cli("chat", model, "--max-new-tokens", "4")
+    assert said.code == 0, said.err
+    assert "the conversation is forgotten" in said.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    turns = cli("chat", model, "--max-new-tokens", "4", "--json").json["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+
+
+def test_a_model_that_does_not_refuse_is_one_line(cli, model):
+    said = cli("fit", model, "-o", "edit", "--limit", "6", "--layer", "50%")
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith("perpend: ")
+    assert "Traceback" not in said.err
