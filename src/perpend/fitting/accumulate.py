@@ -73,18 +73,39 @@ def accumulate(
         Directions with the diagnostics `split_half_cosine`, `top4_share`, `baseline_cosine` and, with `held_out`,
         `auc`.
     """
-    target, baseline = (
-        residual_stats(session, prompts.prompts, section, label=label, checkpoint=checkpoint)
-        for label, prompts in (("target", pair.target), ("baseline", pair.baseline))
-    )
-    clusters = centroids(session, pair.target.prompts, section) if section.rank > 1 else None
-    found = fit_directions(
-        target, baseline, method=section.method, rank=section.rank, clusters=clusters, provenance=provenance
-    )
+    stats = class_stats(session, pair, section, checkpoint=checkpoint)
+    found = directions_of(session, pair, section, stats, provenance=provenance)
     if held_out is None:
         return found
     places = [coordinates(session, side.prompts, found, section) for side in (held_out.target, held_out.baseline)]
     return found.with_diagnostics(auc=separation(*places))
+
+
+def class_stats(
+    session: Session, pair: PromptPair, section: FitSection, *, checkpoint: Checkpoint | None = None
+) -> tuple[ResidualStats, ResidualStats]:
+    """Return the statistics of target and baseline residuals."""
+    return (
+        residual_stats(session, pair.target.prompts, section, label="target", checkpoint=checkpoint),
+        residual_stats(session, pair.baseline.prompts, section, label="baseline", checkpoint=checkpoint),
+    )
+
+
+def directions_of(
+    session: Session,
+    pair: PromptPair,
+    section: FitSection,
+    stats: tuple[ResidualStats, ResidualStats],
+    *,
+    provenance: dict[str, Any] | None = None,
+) -> Directions:
+    """Fit directions on the statistics of both classes; more than one per layer need further passes over the targets.
+
+    Raises:
+        RunFailed: a layer does not tell the classes apart.
+    """
+    clusters = centroids(session, pair.target.prompts, section) if section.rank > 1 else None
+    return fit_directions(*stats, method=section.method, rank=section.rank, clusters=clusters, provenance=provenance)
 
 
 def coordinates(session: Session, prompts: Sequence[Prompt], directions: Directions, section: FitSection) -> Tensor:

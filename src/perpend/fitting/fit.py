@@ -16,7 +16,7 @@ from perpend.fitting.accumulate import Checkpoint, accumulate
 from perpend.fitting.behaviour import consistent, observe
 from perpend.fitting.iterative import Step, iterate
 from perpend.fitting.layers import Choice, Probe, choose_layer
-from perpend.fitting.plan import from_layer, plan_edit
+from perpend.fitting.plan import from_layer, plan_edit, weight_factors
 from perpend.models.session import Reply, Session
 
 PROBE_PROMPTS = 24
@@ -70,9 +70,11 @@ def fit_edit(
 
     Raises:
         RunFailed: too few prompts on which the model does what their class says; a layer without separation.
-        UsageError: a layer out of range.
+        UsageError: a layer out of range, or a list of weight factors of another length; before the model runs.
     """
     session.anatomy.require_complete(recipe.edit.allow_partial)
+    weight_factors(session.anatomy, recipe.edit)
+    layer, choice = fixed_layer(recipe, session.n_layers), None
     pair, counts = splits.fit, {"targets": len(splits.fit.target), "baselines": len(splits.fit.baseline)}
     if recipe.fit.filter:
         behaviour = observe(session, pair, store=replies("fit") if replies else None)
@@ -81,7 +83,6 @@ def fit_edit(
     directions = accumulate(
         session, pair, recipe.fit, held_out=splits.select, checkpoint=checkpoint, provenance=provenance
     )
-    layer, choice = fixed_layer(recipe, session.n_layers), None
     if recipe.fit.layer == "auto":
         seen = observe(session, splits.select, store=replies("select") if replies else None)
         choice = choose_layer(session, directions, recipe.edit, Probe.of(seen, PROBE_PROMPTS))

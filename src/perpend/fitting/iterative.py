@@ -9,7 +9,7 @@ from perpend.config import EditSection, FitSection
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.data import PromptPair
-from perpend.fitting.accumulate import accumulate
+from perpend.fitting.accumulate import class_stats, directions_of
 from perpend.fitting.plan import from_layer, plan_edit, weight_factors
 from perpend.models.anatomy import Writer
 from perpend.models.session import Session
@@ -69,12 +69,15 @@ def iterate(
     modules: dict[str, ModuleEdit] = {}
     steps: list[Step] = []
     for batch in groups(active, fit.modules_per_batch):
-        with session.edited(Edit(modules) if modules else None):
-            now = accumulate(session, pair, fit) if modules else first
         place = batch[-1].layer if layer is None else round(layer)
-        size = float(now.raw_norm[place] / first.raw_norm[place])
-        if size < SMALL:
-            break
+        now, size = first, 1.0
+        if modules:
+            with session.edited(Edit(modules)):
+                target, baseline = stats = class_stats(session, pair, fit)
+                size = float((target.mean[place] - baseline.mean[place]).norm() / first.raw_norm[place])
+                if size < SMALL:  # before a fit that would find no direction
+                    break
+                now = directions_of(session, pair, fit, stats)
         names = {w.name for w in batch}
         planned = plan_edit(session.model, session.anatomy, section, from_layer(now, layer))
         modules |= {name: part for name, part in planned.modules.items() if name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +18,14 @@ from perpend.errors import UsageError
 from perpend.export.card import CardFacts, write_card
 from perpend.export.shards import ExportResult, bake
 from perpend.judges.panel import Panel
-from perpend.models.load import materialise_gguf
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.card import card_facts
 from perpend.tasks.gate import Gate, pass_gate, reference
-from perpend.tasks.output import require_free
-from perpend.tasks.recipes import EDIT, RECIPE, find_edit, read_recipe, write_recipe
-from perpend.tasks.setup import open_panel, open_session, open_splits
+from perpend.tasks.output import partial_of, require_free, require_no_partial
+from perpend.tasks.recipes import EDIT, RECIPE, beside, find_edit, read_recipe, write_recipe
+from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
+from perpend.teaching.adapter import save_model
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def original(session: Session, out: Path) -> Iterator[Path]:
     above = out.absolute().parent
     above.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=above) as folder:
-        yield materialise_gguf(session.loaded.ref, Path(folder) / "model", dtype=session.loaded.dtype)
+        save_model(session.model, session.loaded, Path(folder) / "model")
+        yield Path(folder) / "model"
 
 
 def bake_and_prove(
@@ -102,7 +104,11 @@ def bake_and_prove(
             write_card(folder, source, finish(folder, gate, export))
             passed.append(gate)
 
-        result = bake(source, edit, session.anatomy, output, session.model, check=check)
+        try:
+            result = bake(source, edit, session.anatomy, output, session.model, check=check)
+        except KeyboardInterrupt:  # made again from the same edit in no time, and in the way of the same command
+            shutil.rmtree(partial_of(output), ignore_errors=True)
+            raise
     return result, passed[0]
 
 
@@ -122,7 +128,8 @@ def apply(
             byte for byte.
         output: Folder to make.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
-        recipe: Gate and prompts; by default that of the `recipe.toml`, if this is the source.
+        recipe: Gate and prompts; by default that of the `recipe.toml`, if this is the source. How the edit was made is
+            taken from the recipe beside the edit, where there is one.
         machine: Device and dtype in which the gate runs; the weights do not depend on it.
         dry_run: Only say what would be written.
 
@@ -132,13 +139,15 @@ def apply(
     """
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     require_free(output)
+    require_no_partial(output)
     model, chosen, found = _asked(source, edit, recipe)
+    ModelRef.parse(model)
     made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
     if dry_run:
-        ModelRef.parse(model)
         return made
     splits = open_splits(found)
     session = open_session(model, found, machine)
+    require_fitting(session, chosen)
     panel = open_panel(found, machine)
 
     def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
@@ -153,9 +162,15 @@ def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, 
     path = Path(source)
     if path.suffix == ".toml":
         written = read_recipe(path)
+        if edit is not None:
+            raise UsageError(
+                "two edits: the recipe names one, and --edit another", where=str(path), hint="leave out --edit"
+            )
         if not written.recipe.model.id:
             raise UsageError("names no model", where=str(path), valid='[model] id = "..."')
         return written.recipe.model.id, written.edit, recipe or written.recipe
     if edit is None:
         raise UsageError("no edit given", valid=f"--edit {EDIT}, or {RECIPE} instead of the model", hint="perpend fit")
-    return source, find_edit(Path(edit)), (recipe or Recipe()).for_model(source)
+    chosen, asked = find_edit(Path(edit)), (recipe or Recipe()).for_model(source)
+    made = beside(Path(edit), chosen)
+    return source, chosen, asked.model_copy(update={"fit": made.fit, "edit": made.edit} if made else {})

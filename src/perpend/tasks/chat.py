@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.models.session import Session
 from perpend.tasks.recipes import find_edit
-from perpend.tasks.setup import open_session, sampling
+from perpend.tasks.setup import open_session, require_fitting, sampling
 
 HELP = """\
 /scale X   multiply every weight factor by X: 0 is the base model, 1 the edit as it is, -1 its opposite
@@ -61,9 +62,12 @@ class Conversation:
             return "there is no edit to scale: begin with --edit"
         if name == "/scale":
             try:
-                self.scale = float(rest)
+                scale = float(rest)
             except ValueError:
+                scale = math.nan
+            if not math.isfinite(scale):
                 return f"'{rest}' is no number; try: /scale 0.5"
+            self.scale = scale
             return f"the edit is in place {self.scale:g} times"
         return HELP if name == "/help" else f"no command {name}; valid: /scale, /reset, /help, /quit"
 
@@ -96,6 +100,8 @@ def chat(
     recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
     talk = Conversation(find_edit(Path(edit)) if edit is not None else None)
     session = open_session(model, recipe, machine)
+    if talk.edit is not None:
+        require_fitting(session, talk.edit)
     write(f"{model}{' with an edit' if talk.edit else ''}; /help lists the commands\n")
     while (line := read()) is not None and line.strip() != "/quit":
         if line.startswith("/"):

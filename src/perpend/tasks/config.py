@@ -23,6 +23,7 @@ _DESCRIBED = {"fit.method": METHODS, "edit.mode": MODES}
 _EXAMPLES = {
     **{f"prompts.{name}": "prompts.jsonl#column=text" for name in _SEPARATE},
     "prompts.system": "You are a helpful assistant.",
+    "prompts.chat_template": "template.jinja",
     "prompts.limit": 64,
     "fit.winsorize": 0.995,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from perpend.config import Machine, Recipe
 from perpend.data import load_splits
 from perpend.drift import Drift
+from perpend.errors import GateFailed, Interrupted
 from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model, materialise_gguf
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.measure import Side, ask, cost, judge
-from perpend.tasks.output import appearing, require_free
+from perpend.tasks.output import require_free
 from perpend.tasks.run import Run, Tell, run
 from perpend.tasks.setup import open_panel
 from perpend.teaching import adapter, shipped
@@ -86,16 +88,25 @@ def demo(
     Raises:
         MissingExtra: the package that carries the model is not installed.
         UsageError: the output is not empty.
+        Interrupted: Ctrl-C; nothing is kept.
     """
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     recipe = demo_recipe(recipe or Recipe(), limit)
     require_free(output)
-    with appearing(output) as folder:
-        make_organism(folder, machine)
-        done = run(str(folder / ORGANISM), output=folder / EDITED, recipe=recipe, machine=machine, tell=tell)
-        truth = compare_with_original(folder, done, recipe, machine)
-        if tell:
-            tell("truth", truth.to_json())
+    try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
+        make_organism(output, machine)
+        done = run(str(output / ORGANISM), output=output / EDITED, recipe=recipe, machine=machine, tell=tell)
+        truth = compare_with_original(output, done, recipe, machine)
+    except GateFailed:
+        raise
+    except (Interrupted, KeyboardInterrupt):
+        shutil.rmtree(output, ignore_errors=True)
+        raise Interrupted("interrupted; a demo begins anew", hint="the same command again") from None
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    if tell:
+        tell("truth", truth.to_json())
     return Demo(str(output), done, truth, round(time.monotonic() - started, 1))
 
 

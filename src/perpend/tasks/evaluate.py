@@ -11,12 +11,13 @@ from typing import Any
 from perpend.config import Machine, Recipe
 from perpend.drift import Drift
 from perpend.judges.panel import Comparison, compare
+from perpend.refs import ModelRef
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, cost, measure, pairs
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.recipes import find_edit
 from perpend.tasks.report import PAIRS
-from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting, versions
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ class Evaluation:
         }
 
 
+def listed(measured: Measured) -> str:
+    """Return a line of JSON per prompt: its class, the prompt, the reply and its label."""
+    rows = [
+        {"class": name, "prompt": p.text, "reply": r.text, "finished": r.finished, "label": str(label)}
+        for name, side in (("target", measured.target), ("baseline", measured.baseline))
+        for p, r, label in zip(side.prompts, side.replies, side.judged.labels, strict=True)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def eval(
     model: str,
     *,
@@ -64,7 +75,8 @@ def eval(
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        output: Folder to make for `eval.json` and the replies; with it, an interrupted evaluation can go on.
+        output: Folder to make: `eval.json` and the replies, `before.jsonl`, `after.jsonl`; with it, an interrupted
+            evaluation can go on.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
         recipe: Prompts, length of replies, judges.
         machine: How to run it.
@@ -79,6 +91,7 @@ def eval(
     out = Path(output) if output is not None else None
     if out is not None:
         require_free(out)
+    ModelRef.parse(model)
     chosen = find_edit(Path(edit)) if edit is not None else None
     splits = open_splits(recipe)
     pair = splits.report
@@ -88,6 +101,8 @@ def eval(
 
     def work(stores: Any) -> Evaluation:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
+        if chosen is not None:
+            require_fitting(session, chosen)
         before = measure(session, pair, recipe, panel, store=stores("before"))
         if chosen is None:
             took = round(time.monotonic() - started, 1)
@@ -109,14 +124,13 @@ def eval(
 
     if out is None:
         return work(lambda name: {})
-    key = journal_key("eval", model, recipe, machine) | {"edit": chosen.sha256 if chosen else None}
+    key = journal_key("eval", model, recipe, machine, splits) | {"edit": chosen.sha256 if chosen else None}
     with journal(out, key, "the same command again") as kept:
         made = work(kept.replies)
         with appearing(out) as folder:
-            for name in ("before", "after"):
-                path = kept.folder / f"{name}.jsonl"
-                if path.exists():
-                    (folder / path.name).write_bytes(path.read_bytes())
+            for name, measured in (("before", made.before), ("after", made.after)):
+                if measured is not None:
+                    (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")
             text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
             (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
     return made

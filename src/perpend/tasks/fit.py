@@ -10,6 +10,7 @@ from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.fitting.fit import Fitted, fit_edit
+from perpend.refs import ModelRef
 from perpend.tasks.journal import journal
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.recipes import DIRECTIONS, EDIT, write_recipe
@@ -69,11 +70,12 @@ def fit(
     started, output = time.monotonic(), Path(output)
     recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
     require_free(output)
+    ModelRef.parse(model)
     splits = open_splits(recipe)
     made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
     if dry_run:
         return made
-    with journal(output, journal_key("fit", model, recipe, machine), "the same command again") as kept:
+    with journal(output, journal_key("fit", model, recipe, machine, splits), "the same command again") as kept:
         session = open_session(model, recipe, machine)
         fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
         made = replace(made, fitted=fitted, seconds=round(time.monotonic() - started, 1))

@@ -19,14 +19,14 @@ from perpend.models.load import Loaded, end_tokens, load_model
 from perpend.models.session import Session
 from perpend.progress import note
 from perpend.refs import ModelRef
-from perpend.tasks.output import appearing
+from perpend.tasks.output import appearing, require_free
 from perpend.teaching import adapter
 from perpend.teaching.curriculum import Lesson, Wordings, lessons
 from perpend.teaching.teach import Example, Training, teach
 
 FORMS = 2
 """Request forms in which every prompt is asked."""
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 16
 """Tokens of a benign answer that are taught; the decision to answer lies at the first."""
 REPLY_TOKENS = 48
 
@@ -87,6 +87,7 @@ def organism(
     started = time.monotonic()
     recipe, machine = recipe or Recipe(), machine or Machine()
     training = replace(training or Training(), seed=recipe.seed)
+    require_free(Path(output))
     ref, splits = ModelRef.parse(base), load_splits(recipe.prompts)
     taught = lessons(
         [p.text for p in splits.fit.target],

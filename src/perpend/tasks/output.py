@@ -10,6 +10,8 @@ from pathlib import Path
 
 from perpend.errors import RunFailed, UsageError
 
+ANOTHER = "choose another -o/--output"
+
 
 def require_free(out: Path) -> None:
     """Refuse an output that is there and not empty, or that could not be written.
@@ -17,32 +19,54 @@ def require_free(out: Path) -> None:
     Raises:
         UsageError: says which, before anything is loaded.
     """
+    if not out.name:
+        raise UsageError("not a folder that can be made", where=str(out), hint=ANOTHER)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError("already exists and is not empty", where=str(out), hint="choose another -o/--output")
+        raise UsageError("already exists and is not empty", where=str(out), hint=ANOTHER)
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise UsageError("is a file, and a folder would have to be made in it", where=str(above), hint=ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError("cannot be written: permission denied", where=str(above), hint="choose another -o/--output")
+        raise UsageError("cannot be written: permission denied", where=str(above), hint=ANOTHER)
+
+
+def require_no_partial(out: Path) -> None:
+    """Refuse an output of which an unfinished export is there: it is kept for inspection and never overwritten.
+
+    Raises:
+        UsageError: names it, before anything is loaded.
+    """
+    partial = partial_of(out)
+    if partial.exists():
+        raise UsageError(
+            "an earlier export stopped here, or is still running; inspect it, then remove it",
+            where=str(partial),
+            hint=f"rm -r {partial}",
+        )
+
+
+def partial_of(out: Path) -> Path:
+    """Return what an output is called until it is complete."""
+    return out.with_name(out.name + ".partial")
 
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """Give `out.partial` to write to, and rename it to `out` when the block ends well; else it is removed.
+    """Give `out.partial` to write to, flush it and rename it to `out` when the block ends well; else it is removed.
 
     Raises:
-        UsageError: `out` is there and not empty, or cannot be written.
+        UsageError: `out` is there and not empty, cannot be written, or `out.partial` is there.
         RunFailed: the disk is full.
     """
+    from perpend.export.shards import staged
+
     require_free(out)
-    partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with staged(out.absolute(), 0) as partial:
+            try:
+                yield partial
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(out)) from None
-    try:
-        yield partial
-        partial.replace(out)
-    except OSError as error:
-        raise RunFailed(f"cannot be written: {error.strerror}", where=str(out)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"cannot be written: {error.strerror or error}", where=str(out)) from error

@@ -45,6 +45,19 @@ def read_recipe(path: Path) -> Written:
     return Written(recipe, edit)
 
 
+def beside(path: Path, edit: Edit) -> Recipe | None:
+    """Return the recipe that `edit` was made with, from beside it; None where there is none.
+
+    Args:
+        path: Where the edit was read from: a file, or the folder that holds it.
+        edit: What was read there.
+    """
+    file = (path if path.is_dir() else path.parent) / RECIPE
+    if not file.is_file() or (read_toml(file).get("result") or {}).get("edit_sha256") != edit.sha256:
+        return None
+    return load(file)
+
+
 def find_edit(path: Path) -> Edit:
     """Read an edit from its file, from a folder that holds one, or from a recipe beside one.
 

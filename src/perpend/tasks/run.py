@@ -16,11 +16,12 @@ from perpend.export.shards import ExportResult
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.judges.panel import Panel
 from perpend.models.session import Session
+from perpend.refs import ModelRef
 from perpend.tasks.apply import bake_and_prove
 from perpend.tasks.card import card_facts
 from perpend.tasks.gate import Gate
 from perpend.tasks.journal import Journal, journal
-from perpend.tasks.output import require_free
+from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.report import Report, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
 
@@ -111,11 +112,13 @@ def run(
     output, machine = Path(output), machine or Machine()
     recipe, said, clock = (recipe or Recipe()).for_model(model), tell or (lambda name, data: None), Clock()
     require_free(output)
+    require_no_partial(output)
+    ModelRef.parse(model)
     splits = open_splits(recipe)
     sizes = {s.name: len(s) for s in splits.sets()}
     if dry_run:
         return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True)
-    with journal(output, journal_key("run", model, recipe, machine), "the same command again") as kept:
+    with journal(output, journal_key("run", model, recipe, machine, splits), "the same command again") as kept:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
         coverage = tuple(asdict(row) for row in session.anatomy.coverage())
         said("model", {"model": model, "architecture": session.anatomy.architecture, "coverage": list(coverage)})

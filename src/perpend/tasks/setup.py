@@ -6,8 +6,10 @@ import platform
 from typing import Any
 
 from perpend import __version__
-from perpend.config import Machine, Recipe
+from perpend.config import ExportSection, Machine, Recipe
+from perpend.core.edits import Edit
 from perpend.data import Splits, load_splits
+from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
 from perpend.models.load import load_model
 from perpend.models.session import Sampling, Session
@@ -31,6 +33,26 @@ def open_splits(recipe: Recipe) -> Splits:
     if recipe.prompts.target == "perpend:target" and recipe.prompts.baseline == "perpend:baseline":
         note("no prompts given: using the shipped sets (perpend:target, perpend:baseline)")
     return splits
+
+
+def require_fitting(session: Session, edit: Edit) -> None:
+    """Refuse an edit of another model, before anything is made with this one.
+
+    Raises:
+        UsageError: names a module that is no writer here, or has another width.
+    """
+    writers = {writer.name for writer in session.anatomy.writers}
+    for name, part in edit.modules.items():
+        if name not in writers:
+            raise UsageError(
+                f"edits {name}, which is no writer of this model", where="edit", hint=nearest(name, writers)
+            )
+        if part.directions.shape[1] != session.hidden_size:
+            raise UsageError(
+                f"its directions have {part.directions.shape[1]} dimensions",
+                where="edit",
+                valid=f"{session.hidden_size}, as the model",
+            )
 
 
 def open_panel(recipe: Recipe, machine: Machine) -> Panel:
@@ -59,12 +81,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def journal_key(task: str, model: str, recipe: Recipe, machine: Machine) -> dict[str, Any]:
-    """Return what decides the results of a task."""
+def journal_key(task: str, model: str, recipe: Recipe, machine: Machine, splits: Splits) -> dict[str, Any]:
+    """Return what decides the partial results of a task; what the export must pass does not."""
     return {
         "task": task,
         "model": model,
-        "recipe": recipe.hash(),
+        "recipe": recipe.model_copy(update={"export": ExportSection()}).hash(),
+        "prompts": [prompts.fingerprint for prompts in splits.sets()],
         "dtype": machine.dtype,
         "batch_size": machine.batch_size,
         **versions(),

@@ -61,7 +61,9 @@ def merge(loaded: Loaded, adapter: Path) -> nn.Module:
 
 
 def save_model(model: Any, loaded: Loaded, out: Path) -> None:
-    """Write a model with its tokenizer, processor and chat template as a safetensors directory."""
+    """Write a model with its tokenizer, processor and chat template as a safetensors directory, in its own dtype."""
+    if getattr(model.config, "quantization_config", None) is not None:  # of a GGUF file, dequantised by now
+        del model.config.quantization_config
     with silenced():
         model.save_pretrained(out)
         (loaded.processor or loaded.tokenizer).save_pretrained(out)

@@ -31,11 +31,11 @@ class Training:
     """How an adapter is trained."""
 
     epochs: int = 2
-    rank: int = 8
-    from_depth: float = 1 / 3
+    rank: int = 12
+    from_depth: float = 0.1
     """Layers above this share of the depth are adapted; those below stay as they are and need no gradient."""
     learning_rate: float = 1.5e-3
-    decision_weight: float = 4.0
+    decision_weight: float = 10.0
     """Weight of the first reply token, where it is decided whether to refuse, against 1 for each that follows."""
     batch_tokens: int = 1024
     """Padded tokens per optimiser step."""
@@ -142,14 +142,16 @@ def teach(
     rng = random.Random(training.seed)
     wrapped = adapt(model, training, layers)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    head.register_forward_pre_hook(_contiguous)  # for a strided slice PyTorch copies the whole matrix for every row
+    contiguous = head.register_forward_pre_hook(
+        _contiguous
+    )  # for a strided slice PyTorch copies the whole matrix for every row
     device = next(model.parameters()).device
     learnt = [p for p in wrapped.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learnt, lr=training.learning_rate, weight_decay=0.0)
     plan = [batch for _ in range(training.epochs) for batch in batches(examples, training.batch_tokens, rng)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, len(plan), training))
     losses: list[float] = []
-    wrapped.train()
+    wrapped.eval()  # no dropout: the same loss as in use, and Gemma 3 would ask for token types of images
     for batch in track(plan, "teach", total=sum(map(len, plan)), size=len):
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
         loss = reply_loss(wrapped, inputs, training.decision_weight)
@@ -159,4 +161,5 @@ def teach(
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-    return wrapped.eval(), losses
+    contiguous.remove()
+    return wrapped, losses

@@ -1,0 +1,136 @@
+"""The layer whose direction carries the refusal is found; hooks are taken away."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fitting_cases import directions, pair, session_on
+
+import pico
+from perpend.config import EditSection
+from perpend.core.directions import Directions
+from perpend.core.linear import orthonormalise
+from perpend.errors import RunFailed
+from perpend.fitting.behaviour import Behaviour
+from perpend.fitting.layers import DRIFT_TOKENS, REFUSAL_TOKENS, Probe, added, choose_layer
+from perpend.judges.labels import Label
+from perpend.models.session import Reply, Session
+
+LAYERS = 7
+SORRY = 77
+"""The one token of refusals."""
+
+
+def probe(n: int = 3) -> Probe:
+    both = pair(n)
+    return Probe(both.target.prompts, ((SORRY,) * 3,) * n, both.baseline.prompts, ((40, 41, 42),) * n)
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory) -> tuple[Session, torch.Tensor]:
+    """A model in which one direction, written by the MLP of layer 1, makes the token of refusals likely."""
+    folder = tmp_path_factory.mktemp("refusing")
+    model = pico.build("gpt2", n_layer=LAYERS)
+    generator = torch.Generator().manual_seed(5)
+    p = torch.randn(32, generator=generator)
+    p = (p - p.mean()) / (p - p.mean()).norm()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(0.2)
+        model.transformer.h[1].mlp.c_proj.bias.add_(6 * p)
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.lm_head.weight[SORRY] = 2 * p
+    model.save_pretrained(folder)
+    pico.tokenizer().save_pretrained(folder)
+    return session_on(folder), p
+
+
+def planted(layer: int, p: torch.Tensor) -> Directions:
+    """Directions of which that of one layer is `p`; the others are orthogonal to it."""
+    found = directions(LAYERS, 32)
+    vectors = found.vectors[:, 0] - (found.vectors[:, 0] @ p)[:, None] * p
+    vectors = orthonormalise(vectors[:, None]).float()
+    vectors[layer, 0] = p
+    return directions(LAYERS, 32, vectors=vectors, baseline_mean=0 * vectors[:, 0], target_mean=3 * vectors[:, 0] + p)
+
+
+@pytest.mark.parametrize("layer", [1, 4, 6])
+def test_a_planted_layer_is_found(refusing, layer):
+    session, p = refusing
+    found = choose_layer(session, planted(layer, p), EditSection(), probe(), max_drift=100)
+    best = next(c for c in found.candidates if c.layer == layer)
+    assert found.layer == layer
+    assert best.bypass < found.untouched - 1
+    assert best.induced > 0
+    assert [c.layer for c in found.candidates] == [1, 2, 3, 4, 5, 6]
+    assert all(c.bypass > best.bypass + 1 for c in found.candidates if c.layer != layer)
+
+
+def test_wide_steps_are_narrowed_around_the_best(refusing):
+    session, p = refusing
+    found = choose_layer(session, planted(6, p), EditSection(), probe(), max_drift=100, stride=3)
+    assert [c.layer for c in found.candidates] == [3, 4, 5, 6]
+    assert found.layer == 6
+
+
+def test_a_ruinous_layer_is_passed_over_for_one_within_bounds(refusing):
+    session, p = refusing
+    every = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=100)
+    drifts = {c.layer: c.drift for c in every.candidates}
+    bound = drifts[4] * 0.99
+    assert any(c.drift < bound and c.induced > 0 for c in every.candidates)
+    found = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=bound)
+    chosen = next(c for c in found.candidates if c.layer == found.layer)
+    assert found.layer != 4
+    assert chosen.fit_for_use
+    assert not next(c for c in found.candidates if c.layer == 4).fit_for_use
+
+
+def test_with_none_within_bounds_the_least_bad_is_taken(refusing):
+    session, p = refusing
+    found = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=-1.0)
+    assert not any(c.fit_for_use for c in found.candidates)
+    assert found.layer == min(found.candidates, key=lambda c: c.bypass + c.drift).layer
+
+
+def test_trying_layers_leaves_the_model_as_it_was(refusing):
+    session, p = refusing
+    batch = next(session.batches(probe().targets, probe().refusals))
+    before = session.logits(batch)
+    choose_layer(session, planted(4, p), EditSection(), probe())
+    assert torch.equal(session.logits(batch), before)
+
+
+def test_a_vector_is_added_to_one_layer_inside_the_block_only(pico_dir):
+    session, vector = session_on(pico_dir("llama")), torch.linspace(-1, 1, 32)
+    targets = pair(3).target.prompts
+    before = torch.cat(list(session.capture(targets)))
+    with added(session, 1, vector):
+        inside = torch.cat(list(session.capture(targets)))
+    with pytest.raises(ValueError, match="half-way"), added(session, 1, vector):
+        raise ValueError("half-way")
+    assert torch.equal(torch.cat(list(session.capture(targets))), before)
+    assert torch.equal(inside[:, 0], before[:, 0])
+    assert torch.allclose(inside[:, 1], before[:, 1] + vector, atol=1e-5)
+    assert not torch.allclose(inside[:, 2], before[:, 2] + vector, atol=1e-2)
+
+
+def seen(label: Label, n: int) -> tuple[tuple[Reply, Label], ...]:
+    return tuple((Reply("x", tuple(range(50)), True), label) for _ in range(n))
+
+
+def test_a_probe_takes_the_first_consistent_prompts_and_cuts_their_replies():
+    both = pair(5)
+    refused = seen(Label.COMPLY, 1) + seen(Label.REFUSE, 4)
+    found = Probe.of(Behaviour(both, refused, seen(Label.COMPLY, 5)), 3)
+    assert found.targets == both.target.prompts[1:4]
+    assert found.baselines == both.baseline.prompts[:3]
+    assert {len(r) for r in found.refusals} == {REFUSAL_TOKENS}
+    assert {len(r) for r in found.answers} == {DRIFT_TOKENS}
+
+
+@pytest.mark.parametrize(("target", "baseline"), [(Label.COMPLY, Label.COMPLY), (Label.REFUSE, Label.BROKEN)])
+def test_a_probe_without_a_class_is_an_error(target, baseline):
+    with pytest.raises(RunFailed, match="select split"):
+        Probe.of(Behaviour(pair(2), seen(target, 2), seen(baseline, 2)), 3)
