@@ -101,7 +101,7 @@ def _with(**changes: object) -> dict[str, object]:
         b"[" * 100_000,
         b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 32]}}',
         b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 32]}}',
-        b'{"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "a": {}}',
+        b'{"a": {}, "a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}',
         {"__metadata__": {"format": 1}, **GOOD},
         {"__metadata__": [], **GOOD},
         _with(dtype="F31"),
@@ -111,7 +111,7 @@ def _with(**changes: object) -> dict[str, object]:
         _with(shape=[True, 6]),
         _with(shape=[2.0, 3]),
         _with(shape="23"),
-        _with(shape=[1] * 65),
+        _with(shape=[2, 3] + [1] * 63),
         _with(shape=[1 << 62] * 64),
         _with(data_offsets=[0, 24, 24]),
         _with(data_offsets=[24, 0]),
@@ -134,6 +134,12 @@ def test_header_length_is_bounded_before_it_is_read(tmp_path):
         path.write_bytes(struct.pack("<Q", length) + b"{}")
         with pytest.raises(UsageError, match="corrupt: claims a header"):
             read_header(path)
+
+
+def test_something_that_is_no_file(tmp_path):
+    (tmp_path / SINGLE).mkdir()
+    with pytest.raises(UsageError, match="not a regular file"):
+        Checkpoint(tmp_path)
 
 
 def test_git_lfs_pointer_says_what_to_type(tmp_path):

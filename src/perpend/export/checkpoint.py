@@ -288,7 +288,17 @@ def read_range(path: Path, begin: int, end: int) -> bytearray:
         RunFailed: the file cannot be read or ends early.
     """
     buffer = bytearray(end - begin)
-    view = memoryview(buffer)
+    read_into(path, begin, memoryview(buffer))
+    return buffer
+
+
+def read_into(path: Path, begin: int, view: memoryview) -> None:
+    """Fill a writable buffer with the bytes of a file from `begin` on.
+
+    Raises:
+        RunFailed: the file cannot be read or ends early.
+    """
+    end = begin + len(view)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(begin)
@@ -299,7 +309,6 @@ def read_range(path: Path, begin: int, end: int) -> bytearray:
                 view = view[count:]
     except OSError as error:
         raise RunFailed(f"cannot be read: {error.strerror}", where=str(path)) from None
-    return buffer
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ class TensorSlice:
     shape: tuple[int, ...]
     transposed: bool = False
 
-    def view(self, data: bytearray) -> Tensor:
+    def view(self, data: bytearray | mmap) -> Tensor:
         """Return the bytes of this slice as a tensor that shares their memory.
 
         Returns:

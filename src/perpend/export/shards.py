@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from perpend.core.edits import Edit
 from perpend.core.maps import ModuleEdit, edit_bias, edit_weight
 from perpend.errors import RunFailed, UsageError, nearest
-from perpend.export.checkpoint import INDEX, Checkpoint, TensorEntry, files, read_header, read_range
+from perpend.export.checkpoint import INDEX, Checkpoint, TensorEntry, files, read_header, read_into, read_range
 from perpend.export.names import Locator, TensorSlice, overlapping
 from perpend.progress import track
 
@@ -352,7 +353,7 @@ def _copy(source: Path, target: int) -> Iterator[int]:
             yield moved
 
 
-def _pwrite(target: int, data: bytes | bytearray, offset: int) -> int:
+def _pwrite(target: int, data: bytes | mmap, offset: int) -> int:
     view = memoryview(data)
     while view:
         count = os.pwrite(target, view[: 1 << 30], offset)
@@ -363,7 +364,8 @@ def _pwrite(target: int, data: bytes | bytearray, offset: int) -> int:
 def _overwrite(checkpoint: Checkpoint, target: int, patch: Patch) -> None:
     """Read a slice of the original, edit it in place in memory, write it over the copy."""
     piece, matrix = patch.piece, None
-    data = checkpoint.read(piece.entry, piece.begin, piece.end)
+    data = mmap(-1, piece.end - piece.begin)  # goes back to the system at once, which a buffer of malloc need not
+    read_into(checkpoint.path / piece.entry.shard, piece.entry.begin + piece.begin, memoryview(data))
     if patch.matrix and patch.edit.mode == "row":
         matrix = patch.matrix.view(checkpoint.read(patch.matrix.entry, patch.matrix.begin, patch.matrix.end))
     edit_in_place(piece.view(data), patch.edit, matrix, name=piece.entry.name)
