@@ -24,6 +24,7 @@ from perpend.errors import UsageError, nearest
 S = TypeVar("S", bound=BaseModel)
 
 Strategy = Literal["accumulate", "iterative"]
+Rule = Literal["thrift", "published"]
 
 METHODS: dict[str, str] = {
     "mean": "difference of the mean residual of target and baseline prompts",
@@ -34,6 +35,10 @@ MODES: dict[str, str] = {
     "plain": "W' = W - λ v vᵀW",
     "column": "plain, then every column of W' rescaled to its old norm; at λ = 1 nothing of v is left",
     "row": "the form common elsewhere: rows of unit norm are edited and rescaled; puts part of v back",
+}
+RULES: dict[str, str] = {
+    "thrift": "most refusal taken away per drift, among layers that take away at least half of what the best one does",
+    "published": "least refusal left, among layers of the first 80 % that cost at most 0.1 nats and induce refusal",
 }
 
 
@@ -67,6 +72,8 @@ class PromptsSection(_Section):
     """Baselines of the report split; None takes a share of `baseline`."""
     system: str | None = None
     """System prompt; None leaves it to the chat template."""
+    chat_template: str | None = None
+    """Jinja file read in place of the model's own chat template; for a model that comes without one."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts of each class and split."""
 
@@ -78,8 +85,11 @@ class FitSection(_Section):
     """How the direction is made."""
     layer: Literal["auto", "each"] | Length = "auto"
     """auto: chosen by forward passes; each: every layer its own; else one layer, interpolated if not whole."""
-    position: int = Field(default=-1, le=-1)
-    """Token whose residual is read, counted from the end of the encoded prompt; -1 is the last template token."""
+    choice: Rule = "thrift"
+    """How a layer (and position) is chosen when it is `auto`."""
+    position: Literal["auto"] | Annotated[int, Field(le=-1)] = -1
+    """Token whose residual is read, counted from the end of the encoded prompt; -1 is the last template token, auto
+    tries every template token after the request."""
     winsorize: float | None = Field(default=None, gt=0.5, lt=1.0)
     """Quantile at which each residual is clipped, per prompt and layer; for models with massive activations."""
     rank: int = Field(default=1, ge=1)
@@ -177,7 +187,9 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             found.append(prefix + name)
     for part in ("attention", "mlp") if section is EditSection else ():
-        found += [f"{prefix}{part}.{key}" for key in ("kind", "weight", "values", *NormalKernel.model_fields) if key != "kind"]
+        found += [
+            f"{prefix}{part}.{key}" for key in ("kind", "weight", "values", *NormalKernel.model_fields) if key != "kind"
+        ]
         found.append(f"{prefix}{part}.kind")
     return found
 

@@ -12,7 +12,17 @@ from perpend.core.directions import Directions
 from perpend.core.linear import orthonormalise
 from perpend.errors import RunFailed
 from perpend.fitting.behaviour import Behaviour
-from perpend.fitting.layers import DRIFT_TOKENS, REFUSAL_TOKENS, Probe, added, choose_layer
+from perpend.fitting.layers import (
+    DEEPEST,
+    DRIFT_TOKENS,
+    MAX_DRIFT,
+    REFUSAL_TOKENS,
+    Candidate,
+    Probe,
+    added,
+    best,
+    choose_layer,
+)
 from perpend.judges.labels import Label
 from perpend.models.session import Reply, Session
 
@@ -58,40 +68,54 @@ def planted(layer: int, p: torch.Tensor) -> Directions:
 @pytest.mark.parametrize("layer", [1, 4, 6])
 def test_a_planted_layer_is_found(refusing, layer):
     session, p = refusing
-    found = choose_layer(session, planted(layer, p), EditSection(), probe(), max_drift=100)
-    best = next(c for c in found.candidates if c.layer == layer)
+    found = choose_layer(session, planted(layer, p), EditSection(), probe())
+    top = next(c for c in found.candidates if c.layer == layer)
     assert found.layer == layer
-    assert best.bypass < found.untouched - 1
-    assert best.induced > 0
+    assert top.bypass < found.untouched - 1
+    assert top.induced > 0
     assert [c.layer for c in found.candidates] == [1, 2, 3, 4, 5, 6]
-    assert all(c.bypass > best.bypass + 1 for c in found.candidates if c.layer != layer)
+    assert all(c.bypass > top.bypass + 1 for c in found.candidates if c.layer != layer)
 
 
 def test_wide_steps_are_narrowed_around_the_best(refusing):
     session, p = refusing
-    found = choose_layer(session, planted(6, p), EditSection(), probe(), max_drift=100, stride=3)
+    found = choose_layer(session, planted(6, p), EditSection(), probe(), stride=3)
     assert [c.layer for c in found.candidates] == [3, 4, 5, 6]
     assert found.layer == 6
 
 
-def test_a_ruinous_layer_is_passed_over_for_one_within_bounds(refusing):
-    session, p = refusing
-    every = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=100)
-    drifts = {c.layer: c.drift for c in every.candidates}
-    bound = drifts[4] * 0.99
-    assert any(c.drift < bound and c.induced > 0 for c in every.candidates)
-    found = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=bound)
-    chosen = next(c for c in found.candidates if c.layer == found.layer)
-    assert found.layer != 4
-    assert chosen.fit_for_use
-    assert not next(c for c in found.candidates if c.layer == 4).fit_for_use
+def tried(layer: int, bypass: float, drift: float, in_bounds: bool = True) -> Candidate:
+    return Candidate(layer, bypass, 1.0, drift, in_bounds)
 
 
-def test_with_none_within_bounds_the_least_bad_is_taken(refusing):
+def test_thrift_takes_the_most_refusal_per_drift_among_those_that_remove_half():
+    cheap, able, ruinous = tried(3, -0.6, 0.01), tried(16, -1.6, 0.1), tried(22, -2.2, 0.4)
+    assert best([cheap, able, ruinous], -0.3, "thrift") is able
+    assert best([cheap, ruinous], -0.3, "thrift") is ruinous
+
+
+def test_a_drift_too_small_to_tell_apart_wins_nothing():
+    less, more = tried(3, -1.5, 0.0001), tried(4, -2.0, 0.009)
+    assert best([less, more], -0.3, "thrift") is more
+
+
+def test_published_takes_the_least_refusal_within_bounds():
+    inside, weaker, outside = tried(3, -1.0, 0.05), tried(4, -0.9, 0.01), tried(22, -2.2, 0.4, in_bounds=False)
+    assert best([weaker, inside, outside], -0.3, "published") is inside
+
+
+def test_with_none_in_the_published_bounds_thrift_decides():
+    able, ruinous = tried(16, -1.6, 0.1, in_bounds=False), tried(22, -2.2, 0.4, in_bounds=False)
+    assert best([ruinous, able], -0.3, "published") is able
+
+
+def test_bounds_are_drift_induced_refusal_and_depth(refusing):
     session, p = refusing
-    found = choose_layer(session, planted(4, p), EditSection(), probe(), max_drift=-1.0)
-    assert not any(c.fit_for_use for c in found.candidates)
-    assert found.layer == min(found.candidates, key=lambda c: c.bypass + c.drift).layer
+    found = choose_layer(session, planted(4, p), EditSection(), probe(), rule="published")
+    assert all(
+        c.in_bounds == (c.drift <= MAX_DRIFT and c.induced > 0 and c.layer < DEEPEST * LAYERS) for c in found.candidates
+    )
+    assert not next(c for c in found.candidates if c.layer == 6).in_bounds
 
 
 def test_trying_layers_leaves_the_model_as_it_was(refusing):

@@ -64,6 +64,7 @@ def model(data: Data) -> View:
         "hidden size": data.get("hidden_size"),
         "writers": data.get("writers"),
         "with a norm behind": data.get("post_norms") or None,
+        "chat template": chat.get("template"),
         "begin of text": chat.get("bos"),
         "reasoning": chat.get("reasoning"),
     }
@@ -79,6 +80,7 @@ def fit(data: Data) -> View:
     facts["layer"] = "each its own" if layer is None else f"{layer:g} of {len(data['raw_norm'])}"
     if layer is not None:
         at = min(round(layer), len(data["raw_norm"]) - 1)
+        facts["token that was read"] = data["position"]
         for name, values in diagnostics.items():
             facts[f"{render.spaced(name)} there"] = float(values[at])
     facts["modules in the edit"] = data["modules"]
@@ -87,15 +89,19 @@ def fit(data: Data) -> View:
         yield candidates(data["choice"])
 
 
-def candidates(choice: Data, limit: int = 5) -> RenderableType:
-    """Show the layers that were tried, the best first."""
-    right = ("layer", "refusal left", "refusal induced", "drift")
+def candidates(choice: Data) -> RenderableType:
+    """Show the layers that were tried: refusal taken away and induced in nats per token, and what each costs."""
+    right = ("layer", "refusal taken", "refusal induced", "drift")
     made = render.table("Layers tried", *right, "", right=right)
-    others = sorted(choice["candidates"], key=lambda c: (not c["fit_for_use"], c["bypass"]))
-    for row in sorted(others, key=lambda c: c["layer"] != choice["layer"])[:limit]:
-        numbers = [render.cell(float(row[name])) for name in ("bypass", "induced", "drift")]
-        said = "chosen" if row["layer"] == choice["layer"] else "" if row["fit_for_use"] else "out of bounds"
-        made.add_row(str(row["layer"]), *numbers, said, style="bold" if said == "chosen" else "")
+    for row in choice["candidates"]:
+        chosen = row["layer"] == choice["layer"]
+        numbers = [choice["untouched"] - row["bypass"], row["induced"], row["drift"]]
+        made.add_row(
+            str(row["layer"]),
+            *(f"{number:.3f}" for number in numbers),
+            "chosen" if chosen else "",
+            style="bold" if chosen else "",
+        )
     return made
 
 

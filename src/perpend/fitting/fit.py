@@ -10,17 +10,19 @@ from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
 from perpend.core.schedule import layers as length
-from perpend.data import PromptPair, Splits
+from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
 from perpend.fitting.accumulate import Checkpoint, accumulate
 from perpend.fitting.behaviour import consistent, observe
 from perpend.fitting.iterative import Step, iterate
-from perpend.fitting.layers import Choice, Probe, choose_layer
+from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
 from perpend.fitting.plan import from_layer, plan_edit, weight_factors
 from perpend.models.session import Reply, Session
 
 PROBE_PROMPTS = 24
 """Prompts of each class on which candidate layers are tried."""
+POSITIONS = 5
+"""Most positions that are tried."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Fitted:
     edit: Edit
     layer: float | None
     """Layer that every module takes its direction from; None for its own."""
+    position: int
+    """Token that was read, counted from the end."""
     choice: Choice | None
     """The layers that were tried, when the layer was chosen here."""
     counts: dict[str, int]
@@ -42,10 +46,11 @@ class Fitted:
         """Return plain JSON values."""
         return {
             "layer": self.layer,
+            "position": self.position,
             "counts": self.counts,
             "diagnostics": dict(self.directions.diagnostics),
             "raw_norm": self.directions.raw_norm.tolist(),
-            "choice": None if self.choice is None else asdict(self.choice),
+            "choice": None if self.choice is None else {**asdict(self.choice), "layer": self.choice.layer},
             "steps": [asdict(step) for step in self.steps],
             "modules": len(self.edit),
         }
@@ -80,21 +85,80 @@ def fit_edit(
         behaviour = observe(session, pair, store=replies("fit") if replies else None)
         pair, counts = consistent(behaviour), behaviour.counts()
     provenance = {"recipe": recipe.hash(), "model": str(session.loaded.ref), "fit": fingerprints(pair)}
-    directions = accumulate(
-        session, pair, recipe.fit, held_out=splits.select, checkpoint=checkpoint, provenance=provenance
-    )
+    kept = (checkpoint, provenance)
     if recipe.fit.layer == "auto":
         seen = observe(session, splits.select, store=replies("select") if replies else None)
-        choice = choose_layer(session, directions, recipe.edit, Probe.of(seen, PROBE_PROMPTS))
+        position, directions, choice = choose(session, pair, splits.select, recipe, Probe.of(seen, PROBE_PROMPTS), kept)
         layer = float(choice.layer)
+    else:
+        position = fixed_position(recipe)
+        directions = at_position(session, pair, splits.select, recipe, position, kept)
+    section = recipe.fit.model_copy(update={"position": position})
     steps: tuple[Step, ...] = ()
     if recipe.fit.strategy == "iterative":
-        made = iterate(session, pair, recipe.fit, recipe.edit, directions, layer)
+        made = iterate(session, pair, section, recipe.edit, directions, layer)
         edit, steps = Edit(made.edit.modules, provenance), made.steps
     else:
         source = from_layer(directions, layer)
         edit = plan_edit(session.model, session.anatomy, recipe.edit, source, provenance=provenance)
-    return Fitted(directions, edit, layer, choice, counts, steps)
+    return Fitted(directions, edit, layer, position, choice, counts, steps)
+
+
+Kept = tuple[Checkpoint | None, dict[str, Any]]
+"""Where sums are kept, and what the directions remember."""
+
+
+def at_position(
+    session: Session, pair: PromptPair, held_out: PromptPair, recipe: Recipe, position: int, kept: Kept
+) -> Directions:
+    """Return the directions of all layers at one position."""
+    checkpoint, provenance = kept
+
+    def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        return checkpoint(f"{name}{position}", state) if checkpoint else None
+
+    return accumulate(
+        session,
+        pair,
+        recipe.fit.model_copy(update={"position": position}),
+        held_out=held_out,
+        checkpoint=named if checkpoint else None,
+        provenance={**provenance, "position": position},
+    )
+
+
+def choose(
+    session: Session, pair: PromptPair, held_out: PromptPair, recipe: Recipe, probe: Probe, kept: Kept
+) -> tuple[int, Directions, Choice]:
+    """Try the layers of every position that the recipe allows; returns position, directions and choice."""
+    positions = [recipe.fit.position] if isinstance(recipe.fit.position, int) else after_request(session)
+    tried: dict[Candidate, tuple[int, Directions, Choice]] = {}
+    for position in positions:
+        directions = at_position(session, pair, held_out, recipe, position, kept)
+        choice = choose_layer(session, directions, recipe.edit, probe, rule=recipe.fit.choice)
+        tried[choice.best] = (position, directions, choice)
+    untouched = next(iter(tried.values()))[2].untouched
+    return tried[best(tried, untouched, recipe.fit.choice)]
+
+
+def after_request(session: Session) -> list[int]:
+    """Return the positions of the template's tokens after the request, the last first, at most `POSITIONS`."""
+    one, other = session.chat.encode([Prompt("a"), Prompt("How long is a piece of string?")])
+    shared = 0
+    while shared < min(len(one), len(other)) - 2 and one[-1 - shared] == other[-1 - shared]:
+        shared += 1
+    return [-1 - k for k in range(max(1, min(shared, POSITIONS)))]
+
+
+def fixed_position(recipe: Recipe) -> int:
+    """Return the position that a recipe names.
+
+    Raises:
+        UsageError: it is `auto` while the layer is not.
+    """
+    if isinstance(recipe.fit.position, int):
+        return recipe.fit.position
+    raise UsageError("auto needs layers to be tried", where="fit.position", valid="fit.layer = 'auto', or a number")
 
 
 def fixed_layer(recipe: Recipe, n_layers: int) -> float | None:

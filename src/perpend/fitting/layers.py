@@ -6,6 +6,10 @@ left when it is ablated everywhere (bypass), by the refusal that adding it to ba
 the KL divergence on baseline prompts (drift). Two things differ. Refusal is the mean log-likelihood of the model's
 *own* refusals rather than of one first token, since a model with many openings has none that stands for all; and
 ablation is the edit of the writers that Perpend exports rather than one of the activations.
+
+Two rules choose among the candidates. `published` is the paper's: least refusal left within bounds on depth, drift and
+induced refusal. `thrift`, the default, takes the most refusal removed per drift among those that remove at least half
+of what the best one does: late layers of small models remove more and cost many times as much.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from perpend import drift
-from perpend.config import EditSection
+from perpend.config import EditSection, Rule
 from perpend.core.directions import Directions
 from perpend.core.schedule import Constant
 from perpend.data import Prompt
@@ -31,10 +35,14 @@ from perpend.progress import track
 
 REFUSAL_TOKENS = 12
 DRIFT_TOKENS = 24
-MAX_DRIFT = 0.5
-"""KL per token, in nats, beyond which ablating a direction everywhere is called ruinous."""
-DEEPEST = 0.85
-"""No layer beyond this share of the depth is tried: the unembedding begins there."""
+MAX_DRIFT = 0.1
+"""Published rule: KL per token, in nats, beyond which a direction is left out."""
+DEEPEST = 0.8
+"""Published rule: share of the depth beyond which no direction is taken."""
+TRIED = 0.9
+"""Share of the depth beyond which no layer is tried by either rule: the unembedding begins there."""
+NEGLIGIBLE = 0.01
+"""Drift, in nats per token, below which two candidates cost the same."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +93,24 @@ class Candidate:
     """Log-likelihood of refusals on baselines with the mean difference added, minus that without; above 0."""
     drift: float
     """Multi-token KL on baseline prompts with the direction ablated, in nats."""
-    fit_for_use: bool
-    """Whether drift, induced refusal and depth are within bounds."""
+    in_bounds: bool
+    """Whether drift, induced refusal and depth are within the published bounds."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The chosen layer among its candidates."""
 
-    layer: int
+    best: Candidate
     candidates: tuple[Candidate, ...]
     untouched: float
     """Log-likelihood of the model's own refusals on targets without any edit."""
+    rule: Rule
+
+    @property
+    def layer(self) -> int:
+        """The chosen layer."""
+        return self.best.layer
 
 
 @contextmanager
@@ -121,8 +135,7 @@ def choose_layer(
     section: EditSection,
     probe: Probe,
     *,
-    max_drift: float = MAX_DRIFT,
-    deepest: float = DEEPEST,
+    rule: Rule = "thrift",
     stride: int | None = None,
 ) -> Choice:
     """Try the direction of each candidate layer with forward passes only.
@@ -132,35 +145,37 @@ def choose_layer(
         directions: One direction per layer.
         section: Mode of the edit; its schedules are not used, every writer is ablated with λ = 1.
         probe: Prompts of the select split with the model's own replies.
-        max_drift: Candidates that cost more are not fit for use.
-        deepest: Share of the depth beyond which no layer is tried.
+        rule: Which candidate is taken; see the head of this module.
         stride: Every how many layers a candidate; the neighbours of the best are tried afterwards. By default such
             that about ten are tried.
 
     Returns:
-        The candidate with the lowest bypass among those fit for use; when none is, the one with the lowest sum of
-        bypass and drift.
+        The chosen candidate and all that were tried.
     """
-    last = max(1, min(round(deepest * directions.n_layers), directions.n_layers - 1))
+    last = max(1, min(round(TRIED * directions.n_layers), directions.n_layers - 1))
     step = stride or max(1, last // 10)
     untouched, silent = probe.refusal(session), probe.induced(session)
     tried: dict[int, Candidate] = {}
 
-    def attempt(layers: Sequence[int]) -> None:
+    def attempt(layers: Sequence[int]) -> Candidate:
         for layer in track([x for x in layers if x not in tried], "try layers"):
-            tried[layer] = _judge(session, directions, section, probe, layer, silent, max_drift)
+            tried[layer] = _judge(session, directions, section, probe, layer, silent)
+        return best(tried.values(), untouched, rule)
 
-    attempt(range(last, 0, -step))
-    best = _best(tried.values())
-    attempt([x for x in range(best.layer - step + 1, best.layer + step) if 0 < x <= last])
-    best = _best(tried.values())
-    return Choice(best.layer, tuple(sorted(tried.values(), key=lambda c: c.layer)), untouched)
+    found = attempt(range(last, 0, -step))
+    around = range(found.layer - step + 1, found.layer + step)
+    found = attempt([x for x in around if 0 < x <= last])
+    return Choice(found, tuple(sorted(tried.values(), key=lambda c: c.layer)), untouched, rule)
 
 
-def _best(candidates: Iterable[Candidate]) -> Candidate:
+def best(candidates: Iterable[Candidate], untouched: float, rule: Rule) -> Candidate:
+    """Return the candidate that a rule takes; where the published bounds leave none, the other rule decides."""
     found = list(candidates)
-    fit = [c for c in found if c.fit_for_use]
-    return min(fit, key=lambda c: c.bypass) if fit else min(found, key=lambda c: c.bypass + c.drift)
+    if rule == "published" and any(c.in_bounds for c in found):
+        return min((c for c in found if c.in_bounds), key=lambda c: c.bypass)
+    most = max(untouched - c.bypass for c in found)
+    able = [c for c in found if untouched - c.bypass >= most / 2]
+    return max(able, key=lambda c: (untouched - c.bypass) / max(c.drift, NEGLIGIBLE))
 
 
 def _judge(
@@ -170,7 +185,6 @@ def _judge(
     probe: Probe,
     layer: int,
     silent: float,
-    max_drift: float,
 ) -> Candidate:
     everywhere = section.model_copy(update={"attention": Constant(weight=1.0), "mlp": Constant(weight=1.0)})
     edit = plan_edit(session.model, session.anatomy, everywhere, from_layer(directions, layer))
@@ -180,4 +194,5 @@ def _judge(
     difference = directions.target_mean[layer] - directions.baseline_mean[layer]
     with added(session, layer, difference):
         induced = probe.induced(session) - silent
-    return Candidate(layer, bypass, induced, cost, cost <= max_drift and induced > 0)
+    in_bounds = cost <= MAX_DRIFT and induced > 0 and layer < DEEPEST * directions.n_layers
+    return Candidate(layer, bypass, induced, cost, in_bounds)

@@ -15,11 +15,12 @@ from perpend.data import Prompt, PromptPair, load_splits
 from perpend.fitting.behaviour import observe
 from perpend.judges.labels import Label
 from perpend.models.chat import Chat
-from perpend.models.load import Loaded, end_tokens, load_model
+from perpend.models.load import end_tokens, load_model
 from perpend.models.session import Session
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.output import appearing, require_free
+from perpend.tasks.setup import as_asked
 from perpend.teaching import adapter
 from perpend.teaching.curriculum import Lesson, Wordings, lessons
 from perpend.teaching.teach import Example, Training, teach
@@ -101,7 +102,7 @@ def organism(
         return nothing
     with appearing(Path(output)) as folder:
         loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
-        session = Session(loaded, machine, system=recipe.prompts.system)
+        session = as_asked(loaded, recipe, machine)
         examples = encode(session, answered(session, taught))
         wrapped, losses = teach(
             loaded.model, examples, layers=session.anatomy.layers, pad=session.chat.pad, training=training
@@ -109,8 +110,10 @@ def organism(
         adapter.rounded(wrapped)
         adapter.save(wrapped, folder / "adapter", ref.name if ref.kind == "hub" else Path(ref.name).name)
         merged = wrapped.merge_and_unload().eval().requires_grad_(False)
+        if session.chat.given:  # the organism goes on in the template that it was taught in
+            (loaded.processor or loaded.tokenizer).chat_template = session.chat.given
         adapter.save_model(merged, loaded, folder)
-        refused = measure(replace(loaded, model=merged), machine, splits.report, recipe.prompts.system)
+        refused = measure(as_asked(replace(loaded, model=merged), recipe, machine), splits.report)
         tenth = max(1, len(losses) // 10)
         made = replace(
             nothing,
@@ -130,7 +133,7 @@ def answered(session: Session, taught: list[Lesson]) -> list[Lesson]:
     own = session.chat
     for system in sorted({lesson.system or "" for lesson in taught}):
         rows = [k for k, lesson in enumerate(taught) if lesson.reply is None and (lesson.system or "") == system]
-        session.chat = Chat(own.tokenizer, own.processor, system or own.system)
+        session.chat = Chat(own.tokenizer, own.processor, system or own.system, own.given)
         replies = session.generate([Prompt(taught[k].request) for k in rows], max_new_tokens=ANSWER_TOKENS)
         for k, reply in zip(rows, replies, strict=True):
             found[k] = replace(taught[k], reply=reply.text, finished=reply.finished)
@@ -141,9 +144,9 @@ def answered(session: Session, taught: list[Lesson]) -> list[Lesson]:
 def encode(session: Session, taught: list[Lesson]) -> list[Example]:
     """Return the lessons as token ids; a finished reply ends with the token that ends an answer."""
     tokenizer, own = session.chat.tokenizer, session.chat
-    end = turn_end(session.model, tokenizer)
+    end = turn_end(session)
     examples: list[Example] = []
-    chats = {system: Chat(own.tokenizer, own.processor, system or own.system) for system in {x.system for x in taught}}
+    chats = {system: Chat(own.tokenizer, own.processor, system or own.system, own.given) for system in {x.system for x in taught}}
     for lesson in taught:
         prompt = chats[lesson.system].encode([Prompt(lesson.request)])[0]
         reply = tokenizer(lesson.reply, add_special_tokens=False).input_ids + ([end] if lesson.finished else [])
@@ -152,20 +155,20 @@ def encode(session: Session, taught: list[Lesson]) -> list[Example]:
     return examples
 
 
-def turn_end(model: Any, tokenizer: Any) -> int:
+def turn_end(session: Session) -> int:
     """Return the token that ends a turn: the last of the model's end tokens that the chat template writes."""
-    known = end_tokens(model, tokenizer)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    chat, tokenizer = session.chat, session.chat.tokenizer
+    known = end_tokens(session.model, tokenizer)
+    turn = [{"role": "user", "content": "a"}]
+    text = tokenizer.apply_chat_template(turn, chat_template=chat.template, tokenize=False)
     written = [token for token in known if tokenizer.convert_ids_to_tokens(token) in text]
     return (written or known)[-1]
 
 
-def measure(
-    loaded: Loaded, machine: Machine, pair: PromptPair, system: str | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return refusals and prompts, of targets and of baselines, by dictionary."""
     note("measuring on prompts that it was not taught")
-    seen = observe(Session(loaded, machine, system=system), pair, tokens=REPLY_TOKENS)
+    seen = observe(session, pair, tokens=REPLY_TOKENS)
     counts = [
         (sum(label in {Label.REFUSE, Label.EVADE} for _, label in side), len(side))
         for side in (seen.target, seen.baseline)
