@@ -242,3 +242,26 @@ def _plain(parts) -> str:
         for part in parts:
             console.print(part, markup=False, highlight=False)
     return captured.get()
+
+
+def test_a_fit_shows_the_layers_that_were_tried():
+    from perpend.fitting.layers import Candidate
+
+    names = Candidate.__dataclass_fields__
+    tried = [
+        dict.fromkeys(names, True) | {"layer": k, "bypass": -3.0 - k, "induced": 0.25, "drift": 0.125} for k in range(3)
+    ]
+    data = {
+        "layer": 1.0,
+        "position": -1,
+        "counts": {"targets": 8},
+        "diagnostics": {"split_half_cosine": [0.1, 0.9, 0.2]},
+        "raw_norm": [1.0, 2.0, 3.0],
+        "choice": {"candidates": tried, "untouched": -1.0, "layer": 1},
+        "modules": 4,
+    }
+    text = _plain(views.fit(data))
+    assert "1 of 3" in text
+    assert "0.9" in text
+    (chosen,) = (line.split() for line in text.splitlines() if line.rstrip().endswith("chosen"))
+    assert chosen == ["1", "3.000", "0.250", "0.125", "chosen"]

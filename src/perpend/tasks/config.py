@@ -20,7 +20,7 @@ from perpend.errors import UsageError
 
 _SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
 _DESCRIBED = {"fit.method": METHODS, "edit.mode": MODES}
-_EXAMPLES = {
+_EXAMPLES: dict[str, Any] = {
     **{f"prompts.{name}": "prompts.jsonl#column=text" for name in _SEPARATE},
     "prompts.system": "You are a helpful assistant.",
     "prompts.chat_template": "template.jinja",

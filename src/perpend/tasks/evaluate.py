@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,9 @@ def eval(
     splits = open_splits(recipe)
     pair = splits.report
     sizes = {s.name: len(s) for s in (pair.target, pair.baseline)}
+    empty = Evaluation(str(out) if out else None, model, sizes, None, dry_run=dry_run)
     if dry_run:
-        return Evaluation(str(out) if out else None, model, sizes, None, dry_run=True)
+        return empty
 
     def work(stores: Any) -> Evaluation:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
@@ -105,14 +106,11 @@ def eval(
             require_fitting(session, chosen)
         before = measure(session, pair, recipe, panel, store=stores("before"))
         if chosen is None:
-            took = round(time.monotonic() - started, 1)
-            return Evaluation(str(out) if out else None, model, sizes, before, seconds=took)
+            return replace(empty, before=before, seconds=round(time.monotonic() - started, 1))
         with session.edited(chosen):
             after = measure(session, pair, recipe, panel, store=stores("after"))
-        return Evaluation(
-            output=str(out) if out else None,
-            model=model,
-            prompts=sizes,
+        return replace(
+            empty,
             before=before,
             after=after,
             accepted=compare(before.target.judged, after.target.judged),
