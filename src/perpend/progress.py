@@ -6,7 +6,7 @@ command line installs a reporter with `reporting(...)`; without one nothing is p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
@@ -59,7 +59,9 @@ def note(message: str) -> None:
     _reporter.get().note(message)
 
 
-def track(items: Iterable[T], label: str, *, total: int | None = None, size: Callable[[T], int] | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], label: str, *, total: int | None = None, size: Callable[[T], int] | None = None
+) -> Iterator[T]:
     """Yield `items`, advancing a progress task by `size(item)` (default 1) after each.
 
     Args:
@@ -68,7 +70,7 @@ def track(items: Iterable[T], label: str, *, total: int | None = None, size: Cal
         total: Units in all; `len(items)` when it has one and `size` is not given.
         size: Units that one item stands for, such as the rows of a batch.
     """
-    if total is None and size is None and hasattr(items, "__len__"):
+    if total is None and size is None and isinstance(items, Sized):
         total = len(items)
     reporter = _reporter.get()
     task = reporter.start(label, total)
