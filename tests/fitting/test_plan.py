@@ -83,7 +83,7 @@ def test_through_the_post_norm_nothing_of_the_direction_reaches_the_residual_str
         edit = plan_edit(session.model, session.anatomy, section, lambda writer: v[None])
         outputs: list[torch.Tensor] = []
         handles = [
-            session.model.get_submodule(w.post_norm).register_forward_hook(lambda m, x, y: outputs.append(y))
+            session.model.get_submodule(w.post_norm).register_forward_hook(lambda m, x, y, to=outputs: to.append(y))
             for w in session.anatomy.writers
         ]
         with session.edited(edit):

@@ -16,6 +16,19 @@ from perpend.tasks.output import appearing, require_free, require_no_partial
 KEY = {"recipe": "a"}
 
 
+def broken_off(out, work, command="", error=Interrupted):
+    """Do `work` on the journal of `out` and stop there, by Ctrl-C or by an error; returns what was raised."""
+
+    def go():
+        with journal(out, KEY, command) as kept:
+            work(kept)
+            raise KeyboardInterrupt if error is Interrupted else error
+
+    with pytest.raises(error) as caught:
+        go()
+    return caught.value
+
+
 def test_an_output_appears_when_the_block_ends(tmp_path):
     out = tmp_path / "deep" / "out"
     with appearing(out) as folder:
@@ -27,9 +40,13 @@ def test_an_output_appears_when_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_an_output_that_failed_leaves_nothing(tmp_path, error):
-    with pytest.raises(RunFailed if error is OSError else error), appearing(tmp_path / "out") as folder:
-        (folder / "a.txt").write_text("a")
-        raise error("half-way")
+    def fails():
+        with appearing(tmp_path / "out") as folder:
+            (folder / "a.txt").write_text("a")
+            raise error("half-way")
+
+    with pytest.raises(RunFailed if error is OSError else error):
+        fails()
     assert names(tmp_path) == set()
 
 
@@ -79,13 +96,15 @@ def test_an_unfinished_export_is_pointed_out(tmp_path):
 
 def test_replies_and_sums_outlive_an_interruption(tmp_path):
     reply = Reply("zwölf", (1, 2, 3), True)
-    with pytest.raises(Interrupted) as caught, journal(tmp_path / "out", KEY, "perpend fit again") as kept:
+
+    def work(kept):
         kept.replies("fit")["a"] = reply
         kept.checkpoint("target", {"sum": torch.ones(3), "count": 3})
-        raise KeyboardInterrupt
-    assert str(tmp_path / "out.resume") in str(caught.value)
-    assert "perpend fit again" in str(caught.value)
-    assert caught.value.exit_code == 130
+
+    caught = broken_off(tmp_path / "out", work, "perpend fit again", Interrupted)
+    assert str(tmp_path / "out.resume") in str(caught)
+    assert "perpend fit again" in str(caught)
+    assert caught.exit_code == 130
     with journal(tmp_path / "out", KEY, "") as kept:
         assert dict(kept.replies("fit")) == {"a": reply}
         state = kept.checkpoint("target", None)
@@ -98,16 +117,16 @@ def test_replies_and_sums_outlive_an_interruption(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_torn_last_line_is_dropped(tmp_path, cut):
     first, second = Reply("one", (1,), True), Reply("two", (2,), False)
-    with pytest.raises(Interrupted), journal(tmp_path / "out", KEY, "") as kept:
-        kept.replies("fit").update({"a": first, "b": second})
-        raise KeyboardInterrupt
+    broken_off(tmp_path / "out", lambda kept: kept.replies("fit").update({"a": first, "b": second}))
     path = tmp_path / "out.resume" / "fit.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(Interrupted), journal(tmp_path / "out", KEY, "") as kept:
+
+    def go_on(kept):
         store = kept.replies("fit")
         assert dict(store) == {"a": first}
         store["b"] = second
-        raise KeyboardInterrupt
+
+    broken_off(tmp_path / "out", go_on)
     with journal(tmp_path / "out", KEY, "") as kept:
         assert dict(kept.replies("fit")) == {"a": first, "b": second}
 
@@ -124,9 +143,7 @@ def test_a_failure_keeps_results_and_leaves_nothing_where_there_are_none(tmp_pat
     with pytest.raises(ValueError, match="early"), journal(tmp_path / "out", KEY, ""):
         raise ValueError("early")
     assert names(tmp_path) == set()
-    with pytest.raises(ValueError, match="late"), journal(tmp_path / "out", KEY, "") as kept:
-        kept.replies("fit")["a"] = Reply("one", (1,), True)
-        raise ValueError("late")
+    broken_off(tmp_path / "out", lambda kept: kept.replies("fit").update(a=Reply("one", (1,), True)), "", ValueError)
     assert names(tmp_path) == {"out.resume"}
 
 
