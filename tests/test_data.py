@@ -63,11 +63,27 @@ def test_usual_columns_are_found_and_others_named(tmp_path: Path, column: str) -
 
 
 def test_labels_and_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"a cat")
     path = write(tmp_path / "p.jsonl", topic="cats", form="question", picture="cat.png")
     first = load_prompts(f"{path}#image=picture")[0]
     assert (first.topic, first.form, first.image) == ("cats", "question", str(tmp_path / "cat.png"))
     assert load_prompts(path)[0].image is None
     assert first.id != load_prompts(path)[0].id
+
+
+def test_an_image_is_found_beside_the_file_and_counts_by_its_bytes(tmp_path: Path) -> None:
+    for folder, name in (("a", "cat.png"), ("b", "tom.png")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"a cat")
+        write(tmp_path / folder / "p.jsonl", image=name)
+    one, other = (load_prompts(tmp_path_file) for tmp_path_file in (str(tmp_path / x / "p.jsonl") for x in "ab"))
+    assert one[0].image == str(tmp_path / "a" / "cat.png")
+    assert one.fingerprint == other.fingerprint
+    (tmp_path / "b" / "tom.png").write_bytes(b"another cat")
+    assert load_prompts(str(tmp_path / "b" / "p.jsonl")).fingerprint != one.fingerprint
+    (tmp_path / "b" / "tom.png").unlink()
+    with pytest.raises(UsageError, match="no such image"):
+        load_prompts(str(tmp_path / "b" / "p.jsonl"))
 
 
 def test_lists_of_texts_are_read(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ SHARES: dict[SplitName, float] = {"fit": 0.5, "select": 0.2, "report": 0.3}
 """Shares of the prompts when one source is split."""
 COLUMNS = ("text", "prompt", "instruction", "question", "goal")
 """Columns looked for when none is named."""
+IMAGE = "image"
+"""Column of images that is looked for in a file when none is named."""
 
 _SHIPPED = Path(__file__).parent / "prompts"
 
@@ -55,9 +57,17 @@ class Prompt:
 
     @cached_property
     def id(self) -> str:
-        """First 16 hex digits of the SHA-256 of the normalised text, and of the image's name where there is one."""
-        key = normalised(self.text) + (f"\n{self.image}" if self.image else "")
+        """First 16 hex digits of the SHA-256 of the normalised text, and of the image where there is one.
+
+        An image counts by its bytes, wherever it lies and whatever it is called; by its name where it is no local file.
+        """
+        key = normalised(self.text) + (f"\n{_image_key(self.image)}" if self.image else "")
         return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _image_key(image: str) -> str:
+    path = Path(image)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if "://" not in image and path.is_file() else image
 
 
 @dataclass(frozen=True)
@@ -271,7 +281,7 @@ def _prompts(ref: DataRef) -> Iterator[Prompt]:
     if first is None:
         return
     column = _column(first, ref.column, ref, "column")
-    image = _column(first, ref.image, ref, "image") if ref.image else None
+    image = _column(first, ref.image, ref, "image") if ref.image else IMAGE if ref.kind == "file" else None
     yield _prompt(first, column, image, ref, path.parent)
     for row in rows:
         yield _prompt(row, column, image, ref, path.parent)
@@ -306,6 +316,8 @@ def _prompt(row: Mapping[str, Any], column: str, image: str | None, ref: DataRef
     shown = row.get(image) if image else None
     if isinstance(shown, str) and "://" not in shown and ref.kind == "file":
         shown = str(folder / shown)
+        if not Path(shown).is_file():
+            raise UsageError("no such image", where=shown, hint=f"paths are relative to {folder}")
     labels = {key: str(row.get(key) or "") for key in ("topic", "form")}
     return Prompt(text.strip(), str(shown) if shown else None, **labels)
 

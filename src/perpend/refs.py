@@ -149,7 +149,7 @@ class DataRef:
         revision: Branch, tag or commit on the hub.
         split: fit, select or report of a builtin; on the hub a split with an optional slice, such as `train[:400]`.
         column: Column of the prompt text; None takes the first of `perpend.data.COLUMNS` that is there.
-        image: Column of an image path or URL.
+        image: Column of an image path or URL; None takes `image` of a file that has such a column.
         config: Configuration of a hub data set.
     """
 

@@ -52,6 +52,7 @@ VALUES = {
     "target": ("perpend:baseline", "perpend:baseline"),
     "baseline": ("perpend:target", "perpend:target"),
     "system": ("Be brief.", "Be brief."),
+    "chat_template": ("chat.jinja", "chat.jinja"),
     "limit": ("5", 5),
     "method": ("projected", "projected"),
     "layer": ("18", 18.0),

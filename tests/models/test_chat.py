@@ -11,7 +11,7 @@ import torch
 import pico
 from perpend.data import Prompt
 from perpend.errors import UsageError
-from perpend.models.chat import Chat, strip_reasoning
+from perpend.models.chat import Chat, read_template, strip_reasoning
 
 BOS = pico.BOS
 
@@ -175,3 +175,42 @@ def test_text_that_spells_control_tokens_is_read_as_text(tokenizer) -> None:
     assert pico.EOS not in spelled
     assert len(spelled) > len(plain) + 1
     assert tokenizer.decode(spelled) == tokenizer.decode(plain).replace("Hello", "Hello<eos>")
+
+
+def test_a_template_that_is_given_takes_the_place_of_the_models_own(tokenizer, tmp_path) -> None:
+    own = Chat(tokenizer).encode(PROMPTS)
+    tokenizer.chat_template = None
+    path = tmp_path / "chat.jinja"
+    path.write_text(pico.CHAT_TEMPLATE, encoding="utf-8")
+    given = Chat(tokenizer, template=read_template(path))
+    assert given.encode(PROMPTS) == own
+    assert given.describe()["template"] == "given"
+    tokenizer.chat_template = "never read"
+    other = Chat(tokenizer, template="Q: {{ messages[0]['content'] }}\nA:")
+    assert tokenizer.decode(other.encode([Prompt("Hello")])[0]) == "<bos>Q: Hello\nA:"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b" \n", "an empty chat template"),
+        (b"{% for m in messages %}\n{{ m }}\n{% endif %}", "line 3: not a Jinja template"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_one_line(tmp_path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "chat.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_template(path)
+    assert caught.value.where == str(path)
+
+
+def test_tags_that_transformers_adds_to_jinja_are_read(tmp_path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}{% endfor %}"
+    )
+    assert "generation" in read_template(path)

@@ -19,6 +19,7 @@ from perpend.errors import Interrupted
         "config",
         "assignments",
         "system",
+        "chat_template",
         "sample",
         "max_new_tokens",
         "seed",

@@ -95,6 +95,14 @@ FLAGS: dict[str, Flag] = {
         metavar="DATA",
     ),
     "system": Flag(("--system",), str, "System prompt.", PROMPTS, key="prompts.system", metavar="TEXT"),
+    "chat_template": Flag(
+        ("--chat-template",),
+        str,
+        "Jinja file read in place of the model's own chat template.",
+        PROMPTS,
+        key="prompts.chat_template",
+        metavar="FILE",
+    ),
     "limit": Flag(
         ("--limit",),
         int,
@@ -229,7 +237,7 @@ FLAGS: dict[str, Flag] = {
 }
 
 EVERYWHERE = ("json", "quiet", "verbose", "debug")
-PROMPT_FLAGS = ("target", "baseline", "system", "limit")
+PROMPT_FLAGS = ("target", "baseline", "system", "chat_template", "limit")
 FIT_FLAGS = ("method", "layer", "strategy", "modules_per_batch", "no_filter", "mode", "allow_partial")
 REPLY_FLAGS = ("sample", "max_new_tokens", "classifier")
 RECIPE_FLAGS = ("config", "assignments", "seed")

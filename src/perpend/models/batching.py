@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from perpend.config import Machine
 from perpend.models.load import free_memory
@@ -17,6 +18,28 @@ CPU_FORWARD = 2048
 CPU_CACHED = 16384
 GPU_FORWARD = 32768
 GPU_CACHED = 131072
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with given continuations, on the session's device.
+
+    Attributes:
+        index: Position of each row in the list that was asked for.
+        inputs: Keyword arguments of the model.
+        start: Column of the first continuation token.
+        tokens: `[B, T]` int64 continuation tokens, 0 where a row has no more.
+        mask: `[B, T]` bool, which of them are there.
+    """
+
+    index: list[int]
+    inputs: dict[str, Tensor]
+    start: int
+    tokens: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 @dataclass(frozen=True)

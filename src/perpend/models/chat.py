@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,35 @@ def strip_reasoning(text: str) -> str:
     return text.strip()
 
 
+def has_template(tokenizer: Any, processor: Any | None = None) -> bool:
+    """Whether a model comes with a chat template."""
+    return bool(getattr(processor, "chat_template", None) or tokenizer.chat_template)
+
+
+def read_template(path: Path | str) -> str:
+    """Return the text of a chat template, the way a tokenizer takes it.
+
+    Raises:
+        UsageError: no such file, not text, or not a Jinja template.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    where = str(path)
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # a tag that transformers adds to Jinja
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except UnicodeDecodeError:
+        raise UsageError("not UTF-8 text", where=where) from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=where) from None
+    except TemplateSyntaxError as error:
+        raise UsageError(f"line {error.lineno}: not a Jinja template: {error.message}", where=where) from None
+    if not text.strip():
+        raise UsageError("an empty chat template", where=where)
+    return text
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A padded batch.
@@ -67,22 +97,27 @@ class Chat:
     answer. `describe` says which of these happened.
     """
 
-    def __init__(self, tokenizer: Any, processor: Any | None = None, system: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, processor: Any | None = None, system: str | None = None, template: str | None = None
+    ) -> None:
         """Read the template.
 
         Args:
             tokenizer: Of the model.
             processor: Of a model that takes images.
             system: System prompt before every prompt; None leaves it to the template.
+            template: Text of a Jinja template in place of the model's own.
 
         Raises:
             UsageError: there is no chat template, or it takes no system prompt.
         """
         self.tokenizer, self.processor, self.system = tokenizer, processor, system
-        own = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        own = template or getattr(processor, "chat_template", None) or tokenizer.chat_template
         if not own:
             name = getattr(tokenizer, "name_or_path", "")
-            raise UsageError("the tokenizer has no chat template", where=name, hint="an instruction-tuned model")
+            hint = "an instruction-tuned model, or --chat-template FILE"
+            raise UsageError("the tokenizer has no chat template", where=name, hint=hint)
+        self.given = template
         self.template = str(own if isinstance(own, str) else own.get("default", next(iter(own.values()))))
         self.switches = {name: False for name in SWITCHES if re.search(rf"\b{name}\b", self.template)}
         self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -238,6 +273,7 @@ class Chat:
         """Return, for the record, how every prompt was put."""
         switch = ", ".join(f"{name}=false" for name in self.switches)
         return {
+            "template": "given" if self.given else "the model's own",
             "template_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
             "system": self.system,
             "bos": "none" if self.bos is None else "added" if self._bos_is_added() else "by the template",

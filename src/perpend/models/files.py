@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from perpend.errors import MissingExtra, UsageError
+from perpend.errors import UsageError
+from perpend.models import gguf
 from perpend.refs import Resolved
 
 
@@ -20,7 +21,7 @@ def check_files(source: Resolved, where: str) -> int:
         UsageError: no configuration, no weights or pickled ones, a shard that is missing, truncated or corrupt.
     """
     if source.gguf_file:
-        return _check_gguf(source.path / source.gguf_file, where)
+        return 2 * gguf.elements(source.path / source.gguf_file)
     files = {path.name for path in source.path.iterdir()}
     if "config.json" not in files:
         ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
@@ -75,16 +76,3 @@ def _check_shard(path: Path, names: set[str]) -> int:
     if lost:
         raise UsageError(f"lacks {len(lost)} tensors of the index, such as {min(lost)}", where=str(path), hint=again)
     return path.stat().st_size
-
-
-def _check_gguf(path: Path, where: str) -> int:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise MissingExtra("gguf", "gguf", f"reading {where}") from None
-    try:
-        tensors = GGUFReader(path).tensors
-    except Exception as error:  # the reader raises whatever numpy does on bytes it cannot read
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"truncated or corrupt: {reason}", where=where, hint="download the file again") from None
-    return sum(2 * int(tensor.n_elements) for tensor in tensors)

@@ -7,6 +7,7 @@ shard's header and size, dtype, memory. What the Hugging Face libraries print on
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
+from perpend.models import gguf
 from perpend.models.files import check_files
 from perpend.refs import ModelRef, Resolved
 
@@ -57,14 +59,18 @@ def silenced() -> Iterator[None]:
 
     logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = reader.tqdm  # of another library than the bars that are switched off here
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    reader.tqdm = lambda steps, **options: steps
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
+        reader.tqdm = bar
         if bars:
             logging.enable_progress_bar()
 
@@ -125,8 +131,10 @@ def load_model(
     size = check_files(source, where)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with silenced():
+    with silenced(), gguf.read_once():
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
+        facts = gguf.metadata(source.path / source.gguf_file) if source.gguf_file else {}
+        gguf.complete(config, facts)
         dtype = _dtype(config, machine, source, where)
         sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
         processor = _attempt(where, hf.AutoProcessor.from_pretrained, source.path, **common) if sees else None
@@ -141,6 +149,7 @@ def load_model(
             common["quantization_config"] = hf.GgufConfig(dequantize=True)
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
         options = {"dtype": dtype, "device_map": places, "output_loading_info": True, **common}
+        options |= {"config": config} if source.gguf_file else {}
         model, report = _attempt(where, auto.from_pretrained, source.path, **options)
     _refuse_float16(config, model.dtype, where)  # a configuration need not say its dtype
     missing = sorted(report["missing_keys"])
@@ -149,6 +158,8 @@ def load_model(
             f"{len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}", where=where
         )
     require_finite(model, where)
+    if source.gguf_file:
+        gguf.complete_generation(model.generation_config, facts, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, ref)
 
 
@@ -230,7 +241,7 @@ def require_finite(model: nn.Module, where: str) -> None:
 def materialise_gguf(
     ref: ModelRef | str | Path, out: Path | str, *, dtype: torch.dtype = torch.bfloat16, machine: Machine | None = None
 ) -> Path:
-    """Write a GGUF file as a safetensors directory, with configuration, tokenizer and chat template.
+    """Write a GGUF file as a safetensors directory, with configuration, tokenizer, chat template and licence.
 
     Args:
         ref: The GGUF file.
@@ -258,6 +269,9 @@ def materialise_gguf(
     with silenced():
         model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
+    about = gguf.front_matter(gguf.metadata(loaded.source.path / str(loaded.source.gguf_file)))
+    if about:
+        (partial / "README.md").write_text(about, encoding="utf-8")
     return partial.rename(out)
 
 

@@ -12,8 +12,8 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,8 +25,8 @@ from perpend.data import Prompt
 from perpend.errors import RunFailed, UsageError
 from perpend.models import load
 from perpend.models.anatomy import Anatomy
-from perpend.models.batching import Budget, out_of_memory, plan
-from perpend.models.chat import Chat, Message
+from perpend.models.batching import Batch, Budget, out_of_memory, plan
+from perpend.models.chat import Chat, Message, read_template
 from perpend.models.hooks import Install, in_place, prepare
 from perpend.models.load import Loaded
 from perpend.models.replies import Reply, ReplyLog, Sampling
@@ -40,28 +40,6 @@ WINDOW = 512
 """Prompts that are sorted by length together when residuals are read; bounds what is held back for the order."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Prompts with given continuations, on the session's device.
-
-    Attributes:
-        index: Position of each row in the list that was asked for.
-        inputs: Keyword arguments of the model.
-        start: Column of the first continuation token.
-        tokens: `[B, T]` int64 continuation tokens, 0 where a row has no more.
-        mask: `[B, T]` bool, which of them are there.
-    """
-
-    index: list[int]
-    inputs: dict[str, Tensor]
-    start: int
-    tokens: Tensor
-    mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
 class Session:
     """One model in memory."""
 
@@ -71,6 +49,7 @@ class Session:
         machine: Machine | None = None,
         *,
         system: str | None = None,
+        chat_template: Path | str | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         """Wrap a loaded model.
@@ -79,14 +58,16 @@ class Session:
             loaded: What `load_model` returned.
             machine: Batch size; by default as large as memory allows.
             system: System prompt before every prompt; None leaves it to the chat template.
+            chat_template: Jinja file read in place of the model's own template.
             overrides: The recipe's `[edit.overrides]`, for `Anatomy.of`.
 
         Raises:
-            UsageError: no chat template.
+            UsageError: no chat template, or one that cannot be read.
         """
         self.loaded, self.machine = loaded, machine or Machine()
         self.model = cast(Any, loaded.model)
-        self.chat = Chat(loaded.tokenizer, loaded.processor, system)
+        template = read_template(chat_template) if chat_template is not None else None
+        self.chat = Chat(loaded.tokenizer, loaded.processor, system, template)
         embedding: Tensor = self.model.get_input_embeddings().weight
         self.device = embedding.device
         self.budget = Budget.of(self.model, self.device, self.machine)

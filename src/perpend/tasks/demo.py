@@ -15,12 +15,11 @@ from perpend.errors import GateFailed, Interrupted
 from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model, materialise_gguf
-from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.measure import Side, ask, cost, judge
 from perpend.tasks.output import require_free
 from perpend.tasks.run import Run, Tell, run
-from perpend.tasks.setup import open_panel
+from perpend.tasks.setup import as_asked, open_panel
 from perpend.teaching import adapter, shipped
 
 ORIGINAL, ORGANISM, EDITED = "original", "organism", "edited"
@@ -137,7 +136,7 @@ def compare_with_original(folder: Path, done: Run, recipe: Recipe, machine: Mach
     if done.report is None:
         raise AssertionError("a run that was not dry has a report")
     models = {
-        name: Session(load_model(ModelRef("dir", str(folder / name)), machine), machine, system=recipe.prompts.system)
+        name: as_asked(load_model(ModelRef("dir", str(folder / name)), machine), recipe, machine)
         for name in (ORIGINAL, ORGANISM, EDITED)
     }
     target = load_splits(recipe.prompts).report.target

@@ -18,6 +18,7 @@ from perpend.models.load import load_model, release
 from perpend.models.session import Reply, Session
 from perpend.refs import ModelRef
 from perpend.tasks.measure import records
+from perpend.tasks.setup import as_asked
 
 MOVED = 0.05
 """Nats per token by which the likelihood of the measured replies may differ between hooks and saved file."""
@@ -132,7 +133,7 @@ def pass_gate(
         return Gate(tuple(leak), untouched, 0, 0, 0, (0.0, 0.0))
     ref = ModelRef("dir", str(folder))
     loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
-    again = Session(loaded, machine, system=recipe.prompts.system, overrides=recipe.edit.overrides or None)
+    again = as_asked(loaded, recipe, machine)
     replies = again.generate(seen.prompts, max_new_tokens=recipe.eval.max_new_tokens)
     labels = [panel.judge(records(seen.prompts, side)).labels for side in (seen.replies, replies)]
     gate = Gate(

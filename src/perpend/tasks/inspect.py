@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from perpend.config import Machine, Recipe
-from perpend.models.load import load_model
-from perpend.models.session import Session
+from perpend.models.anatomy import Anatomy
+from perpend.models.chat import Chat, has_template, read_template
+from perpend.models.load import Loaded, load_model
 from perpend.refs import ModelRef
 
 
@@ -28,6 +29,7 @@ class Inspection:
     post_norms: int
     """Writers with a norm between them and the residual stream."""
     chat: dict[str, Any]
+    """How prompts are put; `{"template": "none"}` where the model has no chat template and none is given."""
     overrides: str
     """The writers as a `[edit.overrides]` table, ready to paste into a recipe."""
 
@@ -49,8 +51,7 @@ def inspect(model: str, *, recipe: Recipe | None = None, machine: Machine | None
     """
     recipe, machine = recipe or Recipe(), machine or Machine()
     loaded = load_model(ModelRef.parse(model), machine, trust_remote_code=recipe.model.trust_remote_code)
-    session = Session(loaded, machine, overrides=recipe.edit.overrides or None)
-    anatomy = session.anatomy
+    anatomy = Anatomy.of(loaded.model, recipe.edit.overrides or None)
     rows = anatomy.coverage()
     return Inspection(
         model=model,
@@ -63,6 +64,15 @@ def inspect(model: str, *, recipe: Recipe | None = None, machine: Machine | None
         coverage=tuple(asdict(row) for row in rows),
         gaps=tuple(str(gap) for gap in anatomy.gaps),
         post_norms=sum(w.post_norm is not None for w in anatomy.writers),
-        chat=session.chat.describe(),
+        chat=_chat(loaded, recipe),
         overrides=anatomy.to_toml(),
     )
+
+
+def _chat(loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
+    """Say how prompts are put; a model without a chat template can be looked at all the same."""
+    given = recipe.prompts.chat_template
+    if given is None and not has_template(loaded.tokenizer, loaded.processor):
+        return {"template": "none"}
+    template = read_template(given) if given is not None else None
+    return Chat(loaded.tokenizer, loaded.processor, recipe.prompts.system, template).describe()

@@ -146,7 +146,10 @@ def encode(session: Session, taught: list[Lesson]) -> list[Example]:
     tokenizer, own = session.chat.tokenizer, session.chat
     end = turn_end(session)
     examples: list[Example] = []
-    chats = {system: Chat(own.tokenizer, own.processor, system or own.system, own.given) for system in {x.system for x in taught}}
+    chats = {
+        system: Chat(own.tokenizer, own.processor, system or own.system, own.given)
+        for system in {x.system for x in taught}
+    }
     for lesson in taught:
         prompt = chats[lesson.system].encode([Prompt(lesson.request)])[0]
         reply = tokenizer(lesson.reply, add_special_tokens=False).input_ids + ([end] if lesson.finished else [])

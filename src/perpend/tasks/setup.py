@@ -11,7 +11,8 @@ from perpend.core.edits import Edit
 from perpend.data import Splits, load_splits
 from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
-from perpend.models.load import load_model
+from perpend.models.chat import read_template
+from perpend.models.load import Loaded, load_model
 from perpend.models.session import Sampling, Session
 from perpend.progress import note
 from perpend.refs import ModelRef
@@ -23,8 +24,20 @@ def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
     Raises:
         UsageError: the model cannot be read or has no chat template.
     """
+    if recipe.prompts.chat_template is not None:
+        read_template(recipe.prompts.chat_template)
     loaded = load_model(ModelRef.parse(model), machine, trust_remote_code=recipe.model.trust_remote_code)
-    return Session(loaded, machine, system=recipe.prompts.system, overrides=recipe.edit.overrides or None)
+    return as_asked(loaded, recipe, machine)
+
+
+def as_asked(loaded: Loaded, recipe: Recipe, machine: Machine) -> Session:
+    """Wrap a loaded model the way a recipe says: system prompt, chat template, writers named by hand.
+
+    Raises:
+        UsageError: no chat template, or one that cannot be read.
+    """
+    prompts, overrides = recipe.prompts, recipe.edit.overrides or None
+    return Session(loaded, machine, system=prompts.system, chat_template=prompts.chat_template, overrides=overrides)
 
 
 def open_splits(recipe: Recipe) -> Splits:

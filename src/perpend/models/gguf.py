@@ -1,0 +1,184 @@
+"""What a GGUF file says beside its tensors: facts that transformers leaves out when it reads one.
+
+Only the header is read. The format: magic, version, number of tensors, number of key-value pairs, then the pairs
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from perpend.errors import MissingExtra, UsageError
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
+"""Tokens that end a turn although a file names another end token, or none."""
+
+LARGEST_GEMMA3 = 62
+"""Layers of Gemma 3 27B, whose queries are scaled by hidden size over heads and not by the size of a head."""
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """Return the numbers and texts of a GGUF header; arrays are left out.
+
+    Raises:
+        UsageError: not a GGUF file, or cut short.
+    """
+    with _opened(path) as (file, _, pairs):
+        return _pairs(file, pairs)
+
+
+def elements(path: Path) -> int:
+    """Return the number of elements of all tensors, once it is sure that the file holds their bytes.
+
+    Raises:
+        UsageError: not a GGUF file, or cut short.
+        MissingExtra: the package `gguf`, which knows the sizes of quantised types, is not installed.
+    """
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError:
+        raise MissingExtra("gguf", "gguf", f"reading {path.name}") from None
+    total = last = 0
+    with _opened(path) as (file, tensors, pairs):
+        align = int(_pairs(file, pairs).get("general.alignment", 32)) or 32
+        for _ in range(tensors):
+            _text(file)
+            count = math.prod(_number(file, "Q") for _ in range(_number(file, "I")))
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(_number(file, "I"))]
+            last = max(last, _number(file, "Q") + count // block * size)
+            total += count
+        needed = -(-file.tell() // align) * align + last
+        have = path.stat().st_size
+        if needed > have:
+            raise ValueError(f"{have} bytes of {needed}")
+    return total
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int, int]]:
+    """Give an open file behind its first fields, the number of its tensors and that of its pairs."""
+    try:
+        with path.open("rb") as file:
+            magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or not 2 <= version <= 3:
+                raise ValueError("not a GGUF file of version 2 or 3")
+            yield file, tensors, pairs
+    except (struct.error, OSError, KeyError, ValueError, MemoryError, OverflowError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"truncated or corrupt: {reason}", where=str(path), hint="download the file again") from None
+
+
+def _pairs(file: BinaryIO, count: int) -> dict[str, Any]:
+    found = {}
+    for _ in range(count):
+        key = _text(file)
+        value = _value(file, _number(file, "I"))
+        if value is not None:
+            found[key] = value
+    return found
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Let transformers parse a file once inside the block, where it would for configuration, tokenizer and weights.
+
+    For a vocabulary of 262,144 tokens each time takes more than ten seconds of one core.
+    """
+    try:
+        import gguf
+    except ImportError:  # transformers says so itself
+        yield
+        return
+    library: Any = gguf
+    reader, made = library.GGUFReader, dict[str, Any]()
+
+    def once(path: Any, *options: Any) -> Any:
+        if (key := str(path)) not in made:
+            made[key] = reader(path, *options)
+        return made[key]
+
+    library.GGUFReader = once
+    try:
+        yield
+    finally:
+        library.GGUFReader = reader
+
+
+def _number(file: BinaryIO, kind: str) -> Any:
+    return struct.unpack(f"<{kind}", file.read(struct.calcsize(f"<{kind}")))[0]
+
+
+def _text(file: BinaryIO) -> str:
+    return file.read(_number(file, "Q")).decode("utf-8")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """Return a value of the header, None for an array, which is skipped."""
+    if kind == _STRING:
+        return _text(file)
+    if kind != _ARRAY:
+        return _number(file, _NUMBERS[kind])
+    inner, length = _number(file, "I"), _number(file, "Q")
+    if inner in _NUMBERS:
+        file.seek(length * struct.calcsize(f"<{_NUMBERS[inner]}"), 1)
+        return None
+    for _ in range(length):
+        if inner == _STRING:
+            file.seek(_number(file, "Q"), 1)
+        else:
+            _value(file, inner)
+    return None
+
+
+def complete(config: Any, facts: Mapping[str, Any]) -> None:
+    """Put into a Gemma 3 configuration what transformers does not take from the file.
+
+    These are the scaling of positions in layers of full attention (4B and larger) and the scaling of queries (27B);
+    without them the model is another one, and nothing says so.
+
+    Args:
+        config: Configuration that transformers made of the file; changed in place.
+        facts: From `metadata`.
+    """
+    if config.model_type != "gemma3_text":
+        return
+    kind, factor = facts.get("gemma3.rope.scaling.type"), facts.get("gemma3.rope.scaling.factor")
+    if kind == "linear" and factor:
+        config.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": float(factor)}
+    if config.num_hidden_layers == LARGEST_GEMMA3:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+
+
+def complete_generation(settings: Any, facts: Mapping[str, Any], tokenizer: Any) -> None:
+    """Put end tokens and sampling settings of a file into a generation configuration, in place.
+
+    Args:
+        settings: The model's generation configuration.
+        facts: From `metadata`.
+        tokenizer: Of the same file.
+    """
+    vocabulary = tokenizer.get_vocab()
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    ends = [facts[key] for key in keys if key in facts] + [vocabulary[end] for end in TURN_ENDS if end in vocabulary]
+    if ends:
+        settings.eos_token_id = list(dict.fromkeys(ends))
+    for name, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p")):
+        value = facts.get(f"general.sampling.{key}")
+        if value is not None:
+            setattr(settings, name, value)
+            settings.do_sample = True
+
+
+def front_matter(facts: Mapping[str, Any]) -> str:
+    """Return a README that passes on the licence that a file names; empty when it names none."""
+    keys = ("license", "license.name", "license.link")
+    lines = [f"{key.replace('.', '_')}: {facts[f'general.{key}']}" for key in keys if facts.get(f"general.{key}")]
+    return "\n".join(["---", *lines, "---", ""]) if lines else ""
