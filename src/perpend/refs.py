@@ -24,7 +24,8 @@ OPTIONS = ("split", "column", "image", "config")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 _MODEL_FORMS = "org/name, org/name@revision, a directory, a .gguf file"
 _DATA_FORMS = "perpend:target, FILE#column=text, hub/id@revision#split=train[:400],column=text"
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICENSE*")
+_LEGAL_FILES = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", *_LEGAL_FILES)
 _NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
 
 
@@ -87,8 +88,11 @@ class ModelRef:
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
-    def resolve(self) -> Resolved:
+    def resolve(self, *, fetch: bool = True) -> Resolved:
         """Return the files, downloaded from the hub first where they are not local; offline mode is honoured.
+
+        Args:
+            fetch: Download what is missing; else only what the cache holds counts.
 
         Raises:
             UsageError: no such repository or revision, no access, or not in the cache while offline.
@@ -96,10 +100,10 @@ class ModelRef:
         path = Path(self.name).expanduser().resolve()
         if self.kind == "gguf":
             return Resolved(path.parent, gguf_file=path.name)
-        return _snapshot(self.name, self.revision) if self.kind == "hub" else Resolved(path)
+        return _snapshot(self.name, self.revision, fetch) if self.kind == "hub" else Resolved(path)
 
 
-def _snapshot(name: str, revision: str | None) -> Resolved:
+def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     """Return the files of a hub repository, from the cache where they are complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -118,10 +122,15 @@ def _snapshot(name: str, revision: str | None) -> Resolved:
     where = f"{name}@{revision}" if revision else name
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
-    note(f"fetching {where} where the local cache lacks it")
+    if fetch:
+        note(f"fetching {where} where the local cache lacks it")
     try:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(_MODEL_FILES), ignore_patterns=list(_NOT_NEEDED)
+            name,
+            revision=revision,
+            allow_patterns=list(_MODEL_FILES),
+            ignore_patterns=list(_NOT_NEEDED),
+            local_files_only=not fetch,
         )
     except GatedRepoError:
         raise UsageError("access to this repository must be granted first", where=where, hint="hf auth login") from None

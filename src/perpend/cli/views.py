@@ -41,9 +41,31 @@ def written(data: Data) -> View:
 def planned(data: Data) -> View:
     """Show a dry run: what would be read and written."""
     facts = {name: data[name] for name in ("model", "base", "modules", "lessons") if data.get(name)}
-    prompts = ", ".join(f"{name} {n}" for name, n in (data.get("prompts") or {}).items())
-    yield render.names_and_values({**facts, "prompts": prompts or None})
+    facts["prompts"] = ", ".join(f"{name} {n}" for name, n in (data.get("prompts") or {}).items()) or None
+    yield render.names_and_values({**facts, **forecast(data.get("forecast") or {})})
     yield from written(data)
+
+
+def forecast(data: Data) -> dict[str, str | None]:
+    """Return what a task would do, as names and values; unknown sizes are said to be so."""
+    if not data:
+        return {}
+    unknown = "unknown: the model is not on this machine yet"
+
+    def size(name: str) -> str:
+        return unknown if data[name] is None else render.gigabytes(data[name])
+
+    edited = data["edited_parameters"]
+    return {
+        "reads": size("reads"),
+        "writes": f"{size('writes')}, {size('disk_free')} free",
+        "memory for the weights": f"{size('memory')}, {size('memory_free')} free",
+        "edits": None
+        if data["edited_modules"] is None
+        else f"{data['edited_modules']} modules" + (f", {render.count(edited)} parameters" if edited else ""),
+        "runs": f"{data['prompts']} prompts, {render.count(data['new_tokens'])} new tokens at most",
+        "takes": None if data["seconds"] is None else f"about {seconds(data['seconds'])}, a rough guess",
+    }
 
 
 def inspection(data: Data) -> View:

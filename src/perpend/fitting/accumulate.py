@@ -12,12 +12,24 @@ from perpend.config import FitSection
 from perpend.core.directions import ClusterFitter, Directions, fit_directions, separation
 from perpend.core.residuals import ResidualFitter, ResidualStats
 from perpend.data import Prompt, PromptPair
+from perpend.errors import UsageError
 from perpend.models.session import Session
 from perpend.progress import track
 
 KMEANS_PASSES = 4
 Checkpoint = Callable[[str, dict[str, Any] | None], dict[str, Any] | None]
 """`checkpoint(name, state)` keeps a state; with None it returns the kept one, or None."""
+
+
+def fixed_position(section: FitSection) -> int:
+    """Return the position that a recipe names.
+
+    Raises:
+        UsageError: it is `auto`, which is for layers that are tried.
+    """
+    if isinstance(section.position, int):
+        return section.position
+    raise UsageError("auto needs layers to be tried", where="fit.position", valid="fit.layer = 'auto', or a number")
 
 
 def residual_stats(
@@ -42,7 +54,7 @@ def residual_stats(
     if kept:
         fitter.load_state_dict(kept)
     left = prompts[fitter.count :]
-    windows = session.capture(left, position=section.position)
+    windows = session.capture(left, position=fixed_position(section))
     for residuals in track(windows, f"read residuals, {label}", total=len(left), size=len):
         fitter.update(residuals)
         if checkpoint:
@@ -111,7 +123,7 @@ def directions_of(
 def coordinates(session: Session, prompts: Sequence[Prompt], directions: Directions, section: FitSection) -> Tensor:
     """Return where each prompt lies along the first direction of each layer: `[n, L]` float32."""
     windows = track(
-        session.capture(prompts, position=section.position), "read residuals, held out", total=len(prompts), size=len
+        session.capture(prompts, position=fixed_position(section)), "read residuals, held out", total=len(prompts), size=len
     )
     return torch.cat([directions.coordinates(residuals)[..., 0] for residuals in windows])
 
@@ -124,7 +136,7 @@ def centroids(session: Session, prompts: Sequence[Prompt], section: FitSection) 
     """
     fitter = ClusterFitter(session.n_layers, session.hidden_size, 2 * section.rank, winsorize=section.winsorize)
     for _ in range(KMEANS_PASSES):
-        windows = session.capture(prompts, position=section.position)
+        windows = session.capture(prompts, position=fixed_position(section))
         for residuals in track(windows, "cluster targets", total=len(prompts), size=len):
             fitter.update(residuals)
         if fitter.step() < 1e-3:

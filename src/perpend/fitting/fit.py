@@ -12,7 +12,7 @@ from perpend.core.edits import Edit
 from perpend.core.schedule import layers as length
 from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
-from perpend.fitting.accumulate import Checkpoint, accumulate
+from perpend.fitting.accumulate import Checkpoint, accumulate, fixed_position
 from perpend.fitting.behaviour import consistent, observe
 from perpend.fitting.iterative import Step, iterate
 from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
@@ -91,7 +91,7 @@ def fit_edit(
         position, directions, choice = choose(session, pair, splits.select, recipe, Probe.of(seen, PROBE_PROMPTS), kept)
         layer = float(choice.layer)
     else:
-        position = fixed_position(recipe)
+        position = fixed_position(recipe.fit)
         directions = at_position(session, pair, splits.select, recipe, position, kept)
     section = recipe.fit.model_copy(update={"position": position})
     steps: tuple[Step, ...] = ()
@@ -148,17 +148,6 @@ def after_request(session: Session) -> list[int]:
     while shared < min(len(one), len(other)) - 2 and one[-1 - shared] == other[-1 - shared]:
         shared += 1
     return [-1 - k for k in range(max(1, min(shared, POSITIONS)))]
-
-
-def fixed_position(recipe: Recipe) -> int:
-    """Return the position that a recipe names.
-
-    Raises:
-        UsageError: it is `auto` while the layer is not.
-    """
-    if isinstance(recipe.fit.position, int):
-        return recipe.fit.position
-    raise UsageError("auto needs layers to be tried", where="fit.position", valid="fit.layer = 'auto', or a number")
 
 
 def fixed_layer(recipe: Recipe, n_layers: int) -> float | None:

@@ -261,7 +261,12 @@ def materialise_gguf(
     if out.exists():
         raise UsageError("exists already", where=str(out))
     device = machine.device if machine else "cpu"
-    loaded = load_model(ref, Machine.model_validate({"device": device, "dtype": str(dtype).removeprefix("torch.")}))
+    machine = Machine.model_validate({"device": device, "dtype": str(dtype).removeprefix("torch.")})
+    return save_gguf(load_model(ref, machine), out)
+
+
+def save_gguf(loaded: Loaded, out: Path) -> Path:
+    """Write a model that was read from a GGUF file; see `materialise_gguf`."""
     partial = out.with_name(out.name + ".partial")
     model: Any = loaded.model
     if getattr(model.config, "quantization_config", None) is not None:
@@ -365,3 +370,22 @@ def release(model: nn.Module) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """Return the model that a checkpoint holds, without its weights, on the meta device.
+
+    Raises:
+        UsageError: the configuration cannot be read.
+    """
+    import transformers
+
+    hf: Any = transformers
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with silenced(), torch.device("meta"):
+        config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
+        sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
+        auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
+        model: nn.Module = _attempt(where, auto.from_config, config, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)

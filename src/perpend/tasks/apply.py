@@ -21,6 +21,7 @@ from perpend.judges.panel import Panel
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.card import card_facts
+from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate, pass_gate, reference
 from perpend.tasks.output import partial_of, require_free, require_no_partial
 from perpend.tasks.recipes import EDIT, RECIPE, beside, find_edit, read_recipe, write_recipe
@@ -40,6 +41,8 @@ class Applied:
     gate: Gate | None
     seconds: float
     dry_run: bool = False
+    forecast: Forecast | None = None
+    """What would be done, of a dry run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -49,6 +52,7 @@ class Applied:
             "modules": self.modules,
             "seconds": self.seconds,
             "dry_run": self.dry_run,
+            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             **({"export": self.export.to_json()} if self.export else {}),
             **({"gate": self.gate.to_json()} if self.gate else {}),
         }
@@ -143,9 +147,10 @@ def apply(
     model, chosen, found = _asked(source, edit, recipe)
     ModelRef.parse(model)
     made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
-    if dry_run:
-        return made
     splits = open_splits(found)
+    if dry_run:
+        asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
+        return replace(made, forecast=asked)
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
     panel = open_panel(found, machine)

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from perpend.config import METHODS, MODES, Recipe, load, to_toml
+from perpend.config import METHODS, MODES, RULES, Recipe, load, to_toml
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError
 
 _SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
-_DESCRIBED = {"fit.method": METHODS, "edit.mode": MODES}
+_DESCRIBED = {"fit.method": METHODS, "fit.choice": RULES, "edit.mode": MODES}
 _EXAMPLES: dict[str, Any] = {
     **{f"prompts.{name}": "prompts.jsonl#column=text" for name in _SEPARATE},
     "prompts.system": "You are a helpful assistant.",

@@ -22,6 +22,8 @@ from perpend.tasks.run import Run, Tell, run
 from perpend.tasks.setup import as_asked, open_panel
 from perpend.teaching import adapter, shipped
 
+LIMIT = 200
+"""Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes."""
 ORIGINAL, ORGANISM, EDITED = "original", "organism", "edited"
 
 
@@ -116,7 +118,7 @@ def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
     return recipe.model_copy(
         update={
             "eval": recipe.eval.model_copy(update={"classifier": classifier}),
-            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit}),
+            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
         }
     )
 

@@ -12,6 +12,7 @@ from perpend.config import Machine, Recipe
 from perpend.drift import Drift
 from perpend.judges.panel import Comparison, compare
 from perpend.refs import ModelRef
+from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, cost, measure, pairs
 from perpend.tasks.output import appearing, require_free
@@ -36,6 +37,8 @@ class Evaluation:
     pairs: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
     dry_run: bool = False
+    forecast: Forecast | None = None
+    """What would be done, of a dry run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -46,6 +49,7 @@ class Evaluation:
             "prompts": self.prompts,
             "seconds": self.seconds,
             "dry_run": self.dry_run,
+            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
             **{name: part.to_json() for name, part in parts.items() if part is not None},
             **({"pairs": list(self.pairs)} if self.pairs else {}),
@@ -98,7 +102,9 @@ def eval(
     sizes = {s.name: len(s) for s in (pair.target, pair.baseline)}
     empty = Evaluation(str(out) if out else None, model, sizes, None, dry_run=dry_run)
     if dry_run:
-        return empty
+        times = 1 if chosen is None else 2
+        asked = forecast(model, recipe, machine, splits=splits, output=out, measures=times, edit=chosen)
+        return replace(empty, forecast=asked)
 
     def work(stores: Any) -> Evaluation:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)

@@ -11,6 +11,7 @@ from typing import Any
 from perpend.config import Machine, Recipe
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.refs import ModelRef
+from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.recipes import DIRECTIONS, EDIT, write_recipe
@@ -28,6 +29,8 @@ class Fit:
     prompts: dict[str, int]
     seconds: float
     dry_run: bool = False
+    forecast: Forecast | None = None
+    """What would be done, of a dry run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -37,6 +40,7 @@ class Fit:
             "prompts": self.prompts,
             "seconds": self.seconds,
             "dry_run": self.dry_run,
+            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
             **({"fit": self.fitted.to_json()} if self.fitted else {}),
         }
@@ -74,7 +78,7 @@ def fit(
     splits = open_splits(recipe)
     made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
     if dry_run:
-        return made
+        return replace(made, forecast=forecast(model, recipe, machine, splits=splits, output=output, fits=True))
     with journal(output, journal_key("fit", model, recipe, machine, splits), "the same command again") as kept:
         session = open_session(model, recipe, machine)
         fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)

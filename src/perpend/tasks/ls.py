@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from perpend.config import METHODS, MODES, EvalSection, PromptsSection
+from perpend.config import METHODS, MODES, RULES, EvalSection, PromptsSection
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError, nearest
 
@@ -30,7 +30,7 @@ class Listing:
     """Choices by what they are choices of.
 
     Attributes:
-        kinds: From `methods`, `modes`, `schedules`, `judges`, `prompts` to their entries.
+        kinds: From `methods`, `modes`, `rules`, `schedules`, `judges`, `prompts` to their entries.
     """
 
     kinds: dict[str, tuple[Entry, ...]]
@@ -44,7 +44,7 @@ class Listing:
 
 
 def ls(kind: str | None = None) -> Listing:
-    """List the methods, modes, schedules, judges and prompt sets that come with Perpend.
+    """List the methods, modes, rules, schedules, judges and prompt sets that come with Perpend.
 
     Args:
         kind: One of `LISTS`; None lists all.
@@ -63,6 +63,10 @@ def _methods() -> list[Entry]:
 
 def _modes() -> list[Entry]:
     return [Entry(name, what) for name, what in MODES.items()]
+
+
+def _rules() -> list[Entry]:
+    return [Entry(name, what) for name, what in RULES.items()]
 
 
 def _schedules() -> list[Entry]:
@@ -100,6 +104,7 @@ _DO = {"target": "refuse", "baseline": "answer"}
 LISTS: dict[str, Callable[[], list[Entry]]] = {
     "methods": _methods,
     "modes": _modes,
+    "rules": _rules,
     "schedules": _schedules,
     "judges": _judges,
     "prompts": _prompts,

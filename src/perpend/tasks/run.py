@@ -19,6 +19,7 @@ from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.apply import bake_and_prove
 from perpend.tasks.card import card_facts
+from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
 from perpend.tasks.journal import Journal, journal
 from perpend.tasks.output import require_free, require_no_partial
@@ -46,6 +47,8 @@ class Run:
     gate: Gate | None
     seconds: dict[str, float]
     dry_run: bool = False
+    forecast: Forecast | None = None
+    """What would be done, of a dry run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -63,6 +66,7 @@ class Run:
             "prompts": self.prompts,
             "seconds": self.seconds,
             "dry_run": self.dry_run,
+            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
             **{name: part.to_json() for name, part in parts.items() if part is not None},
         }
@@ -117,7 +121,8 @@ def run(
     splits = open_splits(recipe)
     sizes = {s.name: len(s) for s in splits.sets()}
     if dry_run:
-        return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True)
+        asked = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)
+        return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True, asked)
     with journal(output, journal_key("run", model, recipe, machine, splits), "the same command again") as kept:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
         coverage = tuple(asdict(row) for row in session.anatomy.coverage())

@@ -156,7 +156,7 @@ def teach(
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
         loss = reply_loss(wrapped, inputs, training.decision_weight)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learnt, 1.0)
         optimiser.step()
         schedule.step()

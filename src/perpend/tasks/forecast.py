@@ -1,0 +1,159 @@
+"""What a task would read, run, write and edit, from file headers and a model without weights."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perpend.config import Machine, Recipe
+from perpend.core.edits import Edit
+from perpend.data import Splits
+from perpend.errors import UsageError
+from perpend.export.checkpoint import files
+from perpend.fitting.behaviour import TOKENS
+from perpend.fitting.plan import weight_factors
+from perpend.models.anatomy import Anatomy
+from perpend.models.load import free_memory, pick_device, skeleton
+from perpend.refs import ModelRef
+
+PROMPT_TOKENS = 64
+"""Assumed length of an encoded prompt: no tokenizer is loaded for a forecast."""
+SLOWER = {"cpu": 4.0, "cuda": 8.0, "mps": 6.0}
+"""How many times slower than one large matrix product the whole is taken to be, generation included."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a task would do; sizes in bytes, None where the model is not on this machine yet."""
+
+    reads: int | None
+    """Bytes of the model's files."""
+    writes: int
+    """Bytes of the output."""
+    disk_free: int
+    """Bytes that are free where the output goes."""
+    memory: int | None
+    """Bytes of the weights in the dtype they run in; activations come on top."""
+    memory_free: int
+    parameters: int | None
+    edited_modules: int | None
+    edited_parameters: int | None
+    prompts: int
+    """Prompts that are run, over all passes."""
+    new_tokens: int
+    """Tokens generated at most."""
+    seconds: float | None
+    """Rough: two operations per parameter and token at the speed of a matrix product timed just now, slowed down."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def forecast(
+    model: str,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    splits: Splits,
+    output: Path | None,
+    fits: bool = False,
+    measures: int = 0,
+    bakes: bool = False,
+    edit: Edit | None = None,
+) -> Forecast:
+    """Say what a task would do, without loading weights or fetching anything.
+
+    Args:
+        model: Hub id, directory or GGUF file; of a model that is not on this machine, sizes are unknown.
+        recipe: What would be done.
+        machine: Where.
+        splits: The prompts.
+        output: Where the result would go.
+        fits: Whether directions would be measured.
+        measures: How many times the report split would be answered.
+        bakes: Whether a checkpoint would be written.
+        edit: The edit, where it is there already.
+
+    Raises:
+        UsageError: the model's configuration cannot be read.
+    """
+    ref, device = ModelRef.parse(model), pick_device(machine.device)
+    bare, size = _bare(ref, recipe)
+    passes, tokens = _work(recipe, splits, fits, measures, bakes)
+    parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
+    width = 4 if machine.dtype == "float32" else 2
+    memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not size else size
+    modules, edited = _edited(bare, recipe, edit)
+    where = next(p for p in (output or Path()).absolute().parents if p.exists())
+    return Forecast(
+        reads=size,
+        writes=(size or 0) if bakes else 1 << 20,
+        disk_free=shutil.disk_usage(where).free,
+        memory=memory,
+        memory_free=free_memory(device),
+        parameters=parameters,
+        edited_modules=modules,
+        edited_parameters=edited,
+        prompts=passes,
+        new_tokens=tokens,
+        seconds=None if parameters is None else _seconds(parameters, passes * PROMPT_TOKENS + tokens, device),
+    )
+
+
+def _bare(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, int | None]:
+    """Return the model on the meta device and the bytes of its files; None and None when it is not here yet."""
+    try:
+        source = ref.resolve(fetch=False)
+    except UsageError:
+        if ref.kind == "hub":
+            return None, None
+        raise
+    model = skeleton(source, str(ref), trust_remote_code=recipe.model.trust_remote_code)
+    if source.gguf_file:
+        return model, 2 * sum(p.numel() for p in model.parameters())
+    return model, sum(path.stat().st_size for path in files(source.path))
+
+
+def _work(recipe: Recipe, splits: Splits, fits: bool, measures: int, bakes: bool) -> tuple[int, int]:
+    """Return prompts run and tokens generated at most."""
+    sizes = {name: sum(len(side) for side in (pair.target, pair.baseline)) for name, pair in vars(splits).items()}
+    runs, tokens = 0, 0
+    if fits:
+        observed = sizes["fit"] * recipe.fit.filter + sizes["select"] * (recipe.fit.layer == "auto")
+        runs += observed + sizes["fit"] + sizes["select"]
+        tokens += observed * TOKENS
+    replies = measures * sizes["report"] + bakes * 4 * recipe.export.gate_prompts
+    return runs + replies, tokens + replies * recipe.eval.max_new_tokens
+
+
+def _edited(bare: torch.nn.Module | None, recipe: Recipe, edit: Edit | None) -> tuple[int | None, int | None]:
+    """Return how many modules and parameters would be edited."""
+    if bare is None:
+        return (len(edit), None) if edit is not None else (None, None)
+    anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
+    anatomy.require_complete(recipe.edit.allow_partial)
+    factors = weight_factors(anatomy, recipe.edit)
+    chosen = [
+        w
+        for w in anatomy.writers
+        if (w.name in edit.modules if edit is not None else factors[w.component][w.layer] != 0)
+    ]
+    return len(chosen), sum(w.parameters for w in chosen)
+
+
+def _seconds(parameters: int, tokens: int, device: torch.device) -> float:
+    """Return a rough time from a matrix product timed now."""
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    (a @ a).sum().item()
+    began = time.perf_counter()
+    for _ in range(4):
+        (a @ a).sum().item()
+    rate = 4 * 2 * size**3 / (time.perf_counter() - began)
+    return round(SLOWER.get(device.type, 8.0) * 2 * parameters * tokens / rate, 1)
