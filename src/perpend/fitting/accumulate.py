@@ -122,9 +122,8 @@ def directions_of(
 
 def coordinates(session: Session, prompts: Sequence[Prompt], directions: Directions, section: FitSection) -> Tensor:
     """Return where each prompt lies along the first direction of each layer: `[n, L]` float32."""
-    windows = track(
-        session.capture(prompts, position=fixed_position(section)), "read residuals, held out", total=len(prompts), size=len
-    )
+    windows = session.capture(prompts, position=fixed_position(section))
+    windows = track(windows, "read residuals, held out", total=len(prompts), size=len)
     return torch.cat([directions.coordinates(residuals)[..., 0] for residuals in windows])
 
 

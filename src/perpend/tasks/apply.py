@@ -18,6 +18,7 @@ from perpend.errors import UsageError
 from perpend.export.card import CardFacts, write_card
 from perpend.export.shards import ExportResult, bake
 from perpend.judges.panel import Panel
+from perpend.models.load import save_gguf
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.card import card_facts
@@ -26,7 +27,6 @@ from perpend.tasks.gate import Gate, pass_gate, reference
 from perpend.tasks.output import partial_of, require_free, require_no_partial
 from perpend.tasks.recipes import EDIT, RECIPE, beside, find_edit, read_recipe, write_recipe
 from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
-from perpend.teaching.adapter import save_model
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def original(session: Session, out: Path) -> Iterator[Path]:
     above = out.absolute().parent
     above.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=above) as folder:
-        save_model(session.model, session.loaded, Path(folder) / "model")
-        yield Path(folder) / "model"
+        yield save_gguf(session.loaded, Path(folder) / "model")
 
 
 def bake_and_prove(

@@ -10,14 +10,14 @@ from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.drift import Drift
-from perpend.judges.panel import Comparison, compare
+from perpend.judges.panel import Comparison
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
-from perpend.tasks.measure import Measured, cost, measure, pairs
+from perpend.tasks.measure import Measured, measure, pairs
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.recipes import find_edit
-from perpend.tasks.report import PAIRS
+from perpend.tasks.report import PAIRS, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting, versions
 
 
@@ -110,21 +110,13 @@ def eval(
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
         if chosen is not None:
             require_fitting(session, chosen)
-        before = measure(session, pair, recipe, panel, store=stores("before"))
         if chosen is None:
-            return replace(empty, before=before, seconds=round(time.monotonic() - started, 1))
-        with session.edited(chosen):
-            after = measure(session, pair, recipe, panel, store=stores("after"))
-        return replace(
-            empty,
-            before=before,
-            after=after,
-            accepted=compare(before.target.judged, after.target.judged),
-            answered=compare(before.baseline.judged, after.baseline.judged),
-            drift=cost(session, chosen, before.baseline, recipe.eval.drift_tokens),
-            pairs=tuple(pairs(before.target, after.target, PAIRS)),
-            seconds=round(time.monotonic() - started, 1),
-        )
+            made = replace(empty, before=measure(session, pair, recipe, panel, store=stores("before")))
+        else:
+            seen = report(session, chosen, pair, recipe, panel, stores=stores)
+            parts = {name: getattr(seen, name) for name in ("before", "after", "accepted", "answered", "drift")}
+            made = replace(empty, **parts, pairs=tuple(pairs(seen.before.target, seen.after.target, PAIRS)))
+        return replace(made, seconds=round(time.monotonic() - started, 1))
 
     if out is None:
         return work(lambda name: {})
