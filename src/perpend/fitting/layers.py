@@ -152,7 +152,8 @@ def choose_layer(
     Returns:
         The chosen candidate and all that were tried.
     """
-    last = max(1, min(round(TRIED * directions.n_layers), directions.n_layers - 1))
+    last = min(max(1, round(TRIED * directions.n_layers)), directions.n_layers - 1)
+    first = min(1, last)
     step = stride or max(1, last // 10)
     untouched, silent = probe.refusal(session), probe.induced(session)
     tried: dict[int, Candidate] = {}
@@ -162,9 +163,9 @@ def choose_layer(
             tried[layer] = _judge(session, directions, section, probe, layer, silent)
         return best(tried.values(), untouched, rule)
 
-    found = attempt(range(last, 0, -step))
+    found = attempt(range(last, first - 1, -step))
     around = range(found.layer - step + 1, found.layer + step)
-    found = attempt([x for x in around if 0 < x <= last])
+    found = attempt([x for x in around if first <= x <= last])
     return Choice(found, tuple(sorted(tried.values(), key=lambda c: c.layer)), untouched, rule)
 
 
