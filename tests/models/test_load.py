@@ -252,6 +252,15 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_gguf_is_read_without_a_bar_and_the_reader_is_put_back(gguf_file: Path, capfd: pytest.CaptureFixture) -> None:
+    library = pytest.importorskip("gguf")
+    reader = library.GGUFReader
+    capfd.readouterr()
+    load_model(gguf_file)
+    assert "".join(capfd.readouterr()) == ""
+    assert library.GGUFReader is reader
+
+
 def test_gguf_is_dequantised(gguf_file: Path) -> None:
     loaded = load_model(gguf_file, Machine(dtype="float32"))
     assert loaded.dtype == torch.float32

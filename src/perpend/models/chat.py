@@ -251,6 +251,9 @@ class Chat:
         """Run the processor on prompts that all have an image; left-padded."""
         if self.processor is None:
             raise UsageError("this model takes no images", where=str(prompts[0].image))
+        for token in self._special:  # a processor reads it as what it spells, such as the place of one more image
+            if any(token in p.text for p in prompts):
+                raise UsageError(f"the text of a prompt with an image spells the control token {token}")
         images = [[read_image(str(p.image))] for p in prompts]
         texts = [_close(text) for text in self._render([self.messages(p) for p in prompts])]
         bos = self.tokenizer.bos_token
