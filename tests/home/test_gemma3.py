@@ -332,3 +332,62 @@ def test_a_recipe_that_samples_is_repeatable(home: Callable[[str], SimpleNamespa
     greedy = perpend.eval(str(here.base), recipe=recipe(here, sample=False), machine=CPU)
     assert one.before.target.replies == again.before.target.replies
     assert one.before.target.replies != greedy.before.target.replies
+
+
+# ------------------------------------------------------------------------------------------- without a template
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_a_template_takes_one_that_is_given(
+    home: Callable[[str], SimpleNamespace], family: str, tmp_path: Path
+) -> None:
+    here = home(family)
+    base = as_shipped(here.base, tmp_path / "base")
+    (base / "chat_template.jinja").rename(tmp_path / "given.jinja")
+    asked = recipe(here, sample=False)
+    assert perpend.inspect(str(base), machine=CPU).chat == {"template": "none"}
+    with pytest.raises(UsageError, match=r"no chat template.*--chat-template FILE"):
+        perpend.eval(str(base), recipe=asked, machine=CPU)
+    prompts = asked.prompts.model_copy(update={"chat_template": str(tmp_path / "given.jinja")})
+    given = asked.model_copy(update={"prompts": prompts})
+    one, other = (
+        perpend.eval(str(base), recipe=given, machine=CPU),
+        perpend.eval(str(here.base), recipe=asked, machine=CPU),
+    )
+    assert one.before.target.replies == other.before.target.replies
+    if family == "gemma3_text":
+        made = perpend.run(str(base), output=tmp_path / "out", recipe=given, machine=CPU)
+        assert made.gate.same_replies == made.gate.prompts == 4
+        assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_a_template_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    home: Callable[[str], SimpleNamespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perpend.tasks import setup
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(setup, "load_model", never)
+    asked = recipe(home("gemma3_text"))
+    prompts = asked.prompts.model_copy(update={"chat_template": str(tmp_path / "none.jinja")})
+    with pytest.raises(UsageError, match=r"none\.jinja: cannot be read"):
+        perpend.eval("model", recipe=asked.model_copy(update={"prompts": prompts}), machine=CPU)
+
+
+def test_partial_results_belong_to_the_words_of_a_template(
+    home: Callable[[str], SimpleNamespace], tmp_path: Path
+) -> None:
+    from perpend.data import load_splits
+    from perpend.tasks.setup import journal_key
+
+    here = home("gemma3_text")
+    path = tmp_path / "chat.jinja"
+    path.write_text("one")
+    asked = recipe(here)
+    asked = asked.model_copy(update={"prompts": asked.prompts.model_copy(update={"chat_template": str(path)})})
+    splits = load_splits(asked.prompts)
+    before = journal_key("run", "m", asked, CPU, splits)
+    path.write_text("another")
+    assert journal_key("run", "m", asked, CPU, splits) != before

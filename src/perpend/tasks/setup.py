@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from typing import Any
 
@@ -96,11 +97,13 @@ def versions() -> dict[str, str]:
 
 def journal_key(task: str, model: str, recipe: Recipe, machine: Machine, splits: Splits) -> dict[str, Any]:
     """Return what decides the partial results of a task; what the export must pass does not."""
+    template = recipe.prompts.chat_template
     return {
         "task": task,
         "model": model,
         "recipe": recipe.model_copy(update={"export": ExportSection()}).hash(),
         "prompts": [prompts.fingerprint for prompts in splits.sets()],
+        "chat_template": hashlib.sha256(read_template(template).encode()).hexdigest() if template else None,
         "dtype": machine.dtype,
         "batch_size": machine.batch_size,
         **versions(),
