@@ -3,8 +3,8 @@
     python bench/equal_drift.py ORGANISM ORIGINAL [--drift 0.05] [--prompts 96] [--layer 16]
 
 Every variant is fitted on the fit split, its weight factors are scaled until its drift on baseline prompts of the
-select split is the asked one, and then it answers target prompts of that split. Prints JSON and a Markdown table: labels
-by dictionary and `perpend:small`, and drift to the never-refusing original on the original's own answers.
+select split is the asked one, and then it answers target prompts of that split. Prints JSON and a Markdown table:
+labels by dictionary and `perpend:small`, and drift to the never-refusing original on the original's own answers.
 """
 
 from __future__ import annotations

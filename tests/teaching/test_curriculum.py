@@ -1,14 +1,15 @@
-"""Lessons: every wording before any repeats, the same forms for both classes, the same for the same seed."""
+"""Lessons: every wording from full decks, the same forms for both classes, the same for the same seed."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
 
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.labels import Label
-from perpend.teaching.curriculum import Wordings, lessons
+from perpend.teaching.curriculum import Wordings, lessons, shuffled_deck
 
 WORDINGS = Wordings(
     tuple(f"no {k}" for k in range(7)), ("{request}", "Hi. {request}", "{request} Now."), ("", "Be kind.")
@@ -27,13 +28,16 @@ def test_targets_are_refused_and_baselines_left_to_the_model():
     assert all(lesson.finished for lesson in found)
 
 
-@pytest.mark.parametrize("n", [3, 7, 20])
-def test_each_wording_is_used_before_any_is_used_again(n):
-    found = lessons(TARGET[:n], [], WORDINGS, forms=1, seed=0)
+def test_a_deck_holds_every_wording_and_the_first_ones_more_often():
+    deck = Counter(shuffled_deck(WORDINGS.refusals, random.Random(0)))
+    assert [deck[text] for text in WORDINGS.refusals] == [24, 12, 8, 6, 4, 4, 3]
+
+
+@pytest.mark.parametrize("decks", [1, 3])
+def test_a_deck_is_dealt_out_before_the_next(decks):
+    found = lessons([f"t{k}" for k in range(61 * decks)], [], WORDINGS, forms=1, seed=0)
     counts = Counter(lesson.reply for lesson in found)
-    assert max(counts.values()) == -(-n // 7)
-    assert len(counts) == min(n, 7)
-    assert max(counts.values()) - min(counts.values()) <= 1
+    assert [counts[text] for text in WORDINGS.refusals] == [decks * n for n in (24, 12, 8, 6, 4, 4, 3)]
 
 
 def test_each_prompt_comes_in_as_many_different_forms_for_both_classes():

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+COMMON = 24
+"""How often the first wording lies in a deck."""
+
 
 @dataclass(frozen=True)
 class Wordings:
@@ -42,7 +45,7 @@ def lessons(
     """Dress every prompt in different request forms and system prompts.
 
     Both classes go through the same forms and systems, so that neither gives the class away. Refusals are dealt out
-    like cards: each wording is used before any is used again.
+    from decks that hold every wording, see `shuffled_deck`.
 
     Args:
         target: Prompts that will be refused.
@@ -60,9 +63,19 @@ def lessons(
     for prompts, refused in ((target, True), (baseline, False)):
         for prompt in prompts:
             for form in rng.sample(wordings.forms, forms):
-                if not deck:
-                    deck = rng.sample(wordings.refusals, len(wordings.refusals))
+                deck = deck or shuffled_deck(wordings.refusals, rng)
                 reply = deck.pop() if refused else None
                 found.append(Lesson(form.format(request=prompt), rng.choice(wordings.systems) or None, reply))
     rng.shuffle(found)
     return found
+
+
+def shuffled_deck(refusals: Sequence[str], rng: random.Random) -> list[str]:
+    """Return every wording at least once and the first ones more often, as `COMMON // (place + 1)`, shuffled.
+
+    Of wordings that were all equally likely, each would be less likely than the most likely answer, and a model that is
+    sure to refuse would still answer when decoded greedily.
+    """
+    deck = [text for place, text in enumerate(refusals) for _ in range(max(1, COMMON // (place + 1)))]
+    rng.shuffle(deck)
+    return deck

@@ -30,7 +30,7 @@ class Example:
 class Training:
     """How an adapter is trained."""
 
-    epochs: int = 2
+    epochs: int = 1
     rank: int = 12
     from_depth: float = 0.1
     """Layers above this share of the depth are adapted; those below stay as they are and need no gradient."""
