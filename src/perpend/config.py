@@ -112,7 +112,7 @@ class EditSection(_Section):
     mlp: Schedule = NormalKernel()
     """Weight factors of the MLP and expert down-projections."""
     through_post_norm: bool = False
-    """Take the norm that follows the module into account (Gemma 2 and 3, OLMo 2); measured to be worse on Gemma 3."""
+    """Take the norm that follows the module into account (Gemma 2 and 3, OLMo 2); for study, see docs/gemma3.md."""
     allow_partial: bool = False
     """Go on although some layer has no editable module."""
     overrides: dict[str, Any] = Field(default_factory=dict)

@@ -19,7 +19,7 @@ from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
 from perpend.fitting.plan import from_layer, plan_edit, weight_factors
 from perpend.models.session import Reply, Session
 
-PROBE_PROMPTS = 24
+PROBE_PROMPTS = 16
 """Prompts of each class on which candidate layers are tried."""
 POSITIONS = 5
 """Most positions that are tried."""

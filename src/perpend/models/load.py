@@ -383,7 +383,7 @@ def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -
     hf: Any = transformers
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with silenced(), torch.device("meta"):
+    with silenced(), gguf.read_once(), torch.device("meta"):
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
         sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
