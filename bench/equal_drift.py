@@ -31,7 +31,6 @@ VARIANTS = {
     "accumulate, column": ["edit.mode=column"],
     "accumulate, row": ["edit.mode=row"],
     "accumulate, each layer its own direction": ["fit.layer=each"],
-    "iterative, 4 modules": ["fit.strategy=iterative", "fit.modules_per_batch=4"],
     "iterative, 12 modules": ["fit.strategy=iterative", "fit.modules_per_batch=12"],
     "iterative, 12 modules, own layer": ["fit.strategy=iterative", "fit.modules_per_batch=12", "fit.layer=each"],
 }
