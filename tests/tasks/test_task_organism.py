@@ -59,6 +59,7 @@ def test_a_dry_run_writes_nothing_and_errors_come_before_loading(pico_dir, tmp_p
     monkeypatch.setattr(organisms, "load_model", None)
     recipe, before = a_recipe(tmp_path), contents(tmp_path)
     made = organism(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe, machine=MACHINE, dry_run=True)
+    json.dumps(made.to_json(), allow_nan=False)
     assert made.lessons == 16
     for dry_run in (True, False):
         with pytest.raises(UsageError, match="not empty"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
-from task_cases import names
+from task_cases import MACHINE, a_recipe, names
 
 from perpend.errors import Interrupted, RunFailed, UsageError
 from perpend.models.session import Reply
+from perpend.progress import Reporter, reporting
+from perpend.tasks.evaluate import eval
+from perpend.tasks.fit import fit
 from perpend.tasks.journal import journal
-from perpend.tasks.output import appearing, require_free, require_no_partial
+from perpend.tasks.output import appearing, require_free, require_no_partial, to_text
+from perpend.tasks.setup import open_splits
 
 KEY = {"recipe": "a"}
 
@@ -153,3 +158,37 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match="is not what an interrupted task left"), journal(tmp_path / "out", KEY, ""):
         pytest.fail("entered")
     assert names(tmp_path / "out.resume") == {"cv.pdf"}
+
+
+def test_json_has_null_for_what_is_no_number():
+    data = {"a": [float("nan"), 1.5, (float("-inf"),)], "b": {"c": float("inf"), "d": "é", "e": True}}
+    assert json.loads(to_text(data)) == {"a": [None, 1.5, [None]], "b": {"c": None, "d": "é", "e": True}}
+    assert "é" in to_text(data)
+
+
+@pytest.mark.parametrize("task", [fit, eval])
+def test_an_unfinished_output_is_named_before_anything_is_read(tmp_path, task):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(UsageError, match=r"out\.partial: an earlier export stopped here"):
+        task("./nowhere", output=tmp_path / "out", machine=MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "says"),
+    [
+        ((), []),
+        (("target",), ["no target prompts given: using the shipped set (perpend:target)"]),
+        (("baseline",), ["no baseline prompts given: using the shipped set (perpend:baseline)"]),
+        (("target", "baseline"), ["no prompts given: using the shipped sets (perpend:target, perpend:baseline)"]),
+    ],
+)
+def test_shipped_prompts_are_said_class_by_class(tmp_path, shipped, says):
+    told = []
+
+    class Told(Reporter):
+        def note(self, message):
+            told.append(message)
+
+    with reporting(Told()):
+        open_splits(a_recipe(tmp_path, prompts={side: f"perpend:{side}" for side in shipped}))
+    assert told == says

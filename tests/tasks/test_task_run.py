@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +18,18 @@ import perpend.tasks.gate
 import perpend.tasks.run
 import perpend.tasks.setup as setup
 import pico
-from perpend.config import Recipe
+from perpend.config import Recipe, load
 from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
 from perpend.errors import GateFailed, Interrupted, RunFailed, UsageError
 from perpend.export import shards
 from perpend.models.load import load_model, release
 from perpend.models.session import Session
+from perpend.refs import ModelRef, Resolved
 from perpend.tasks.apply import apply
 from perpend.tasks.fit import fit
 from perpend.tasks.gate import Gate, require_same
+from perpend.tasks.recipes import pinned
 from perpend.tasks.run import run
 
 WRITTEN = {"edit.safetensors", "recipe.toml", "report.json", "README.md"}
@@ -81,14 +84,57 @@ def test_the_recipe_makes_the_same_files_again(done):
 def test_the_edit_of_a_fit_makes_the_same_weights(done, pico_dir, tmp_path):
     recipe = a_recipe(tmp_path, edit={"mode": "plain"}, fit={"method": "mean"})
     fit(str(pico_dir("llama")), output=tmp_path / "fit", recipe=recipe, machine=MACHINE)
-    given = Recipe(prompts=recipe.prompts, eval=recipe.eval, export=recipe.export)
-    apply(str(pico_dir("llama")), edit=tmp_path / "fit", output=tmp_path / "out", recipe=given, machine=MACHINE)
+    given = Recipe.model_validate({"export": {"allow_leak": True, "gate_prompts": 1}})
+    made = apply(str(pico_dir("llama")), edit=tmp_path / "fit", output=tmp_path / "out", recipe=given, machine=MACHINE)
+    assert made.gate.prompts == 2
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (done[0] / "out" / weights).read_bytes()
-    written = (tmp_path / "out" / "recipe.toml").read_text()
-    assert 'kind = "constant"' in written  # how the edit was made, not the defaults
+    written = load(tmp_path / "out" / "recipe.toml")  # how the edit was made, not the defaults
+    assert (written.prompts, written.fit, written.edit, written.eval) == (
+        recipe.prompts,
+        recipe.fit,
+        recipe.edit,
+        recipe.eval,
+    )
+    assert written.export == given.export
     with pytest.raises(UsageError, match="two edits"):
         apply(str(tmp_path / "fit" / "recipe.toml"), edit=tmp_path / "fit", output=tmp_path / "b", machine=MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"edit": {"mode": "column"}}, r"is fixed.*edit\.mode.*perpend run --config"),
+        ({"fit": {"method": "projected"}}, r"is fixed.*fit\.method.*perpend run --config"),
+        ({"model": {"id": "org/other"}}, r"is fixed.*model\.id.*perpend run --config"),
+    ],
+)
+def test_an_edit_that_is_written_is_not_asked_for_otherwise(done, tmp_path, monkeypatch, changed, says):
+    monkeypatch.setattr(setup, "load_model", None)
+    path = done[0] / "out" / "recipe.toml"
+    data = load(path).model_dump()
+    asked = Recipe.model_validate(data | {name: data[name] | part for name, part in changed.items()})
+    with pytest.raises(UsageError, match=says):
+        apply(str(path), recipe=asked, output=tmp_path / "out", machine=MACHINE)
+
+
+def test_an_edit_with_its_recipe_beside_it_keeps_its_prompts(done, pico_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "load_model", None)
+    given = {"edit": done[0] / "out", "output": tmp_path / "out", "machine": MACHINE}
+    for changed, says in (({"prompts": {"limit": 3}}, r"prompts\.limit"), ({"seed": 7}, "another seed")):
+        with pytest.raises(UsageError, match=says):
+            apply(str(pico_dir("llama")), recipe=Recipe.model_validate(changed), **given)
+
+
+def test_a_model_of_the_hub_is_written_with_its_commit(tmp_path):
+    def loaded(ref, revision):
+        return SimpleNamespace(ref=ModelRef.parse(ref), source=Resolved(Path(), revision))
+
+    asked = Recipe().for_model("org/name@main")
+    assert pinned(asked, loaded("org/name@main", "0123abc")).model.id == "org/name@0123abc"
+    assert pinned(asked, loaded("org/name", None)) == asked
+    local = Recipe().for_model(str(tmp_path))
+    assert pinned(local, loaded(str(tmp_path), None)) == local
 
 
 STAGES = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import traceback
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from perpend.cli import errors
 from perpend.cli.text import printable, printable_json
 from perpend.errors import PerpendError
+from perpend.tasks.output import to_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -64,7 +64,7 @@ class Output:
         """Print what a command found, on stdout."""
         data = result.to_json()
         if self.style == "json":
-            self._write(printable_json(json.dumps(_finite(data), ensure_ascii=False, indent=2)))
+            self._write(printable_json(to_text(data, indent=2)))
         elif self.style == "quiet":
             path = data.get("output")
             if path:
@@ -157,17 +157,6 @@ def _stderr_line(line: str) -> None:
 
 def _one_line(error: PerpendError) -> str:
     return " ".join(str(error).split())
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 @contextmanager

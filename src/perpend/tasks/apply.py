@@ -25,7 +25,17 @@ from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate, pass_gate, reference
 from perpend.tasks.output import partial_of, require_free, require_no_partial
-from perpend.tasks.recipes import EDIT, RECIPE, beside, find_edit, read_recipe, write_recipe
+from perpend.tasks.recipes import (
+    EDIT,
+    RECIPE,
+    beside,
+    find_edit,
+    laid_over,
+    pinned,
+    read_recipe,
+    require_written,
+    write_recipe,
+)
 from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
 
 
@@ -103,7 +113,7 @@ def bake_and_prove(
         def check(folder: Path, export: ExportResult) -> None:
             gate = pass_gate(session, source, folder, export, edit, seen, panel, recipe, machine)
             edit.save(folder / EDIT)
-            write_recipe(folder, recipe, edit)
+            write_recipe(folder, pinned(recipe, session.loaded), edit)
             write_card(folder, source, finish(folder, gate, export))
             passed.append(gate)
 
@@ -131,13 +141,14 @@ def apply(
             byte for byte.
         output: Folder to make.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
-        recipe: Gate and prompts; by default that of the `recipe.toml`, if this is the source. How the edit was made is
-            taken from the recipe beside the edit, where there is one.
+        recipe: Gate, replies and prompts; by default those of the recipe beside the edit. How the edit was made is
+            always taken from there, where there is one; with `edit` the prompts and the seed are too.
         machine: Device and dtype in which the gate runs; the weights do not depend on it.
         dry_run: Only say what would be written.
 
     Raises:
-        UsageError: no model, no edit, or an output that is not empty.
+        UsageError: no model, no edit, an output that is not empty, or a recipe that asks for another edit than the one
+            that is there.
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
@@ -172,9 +183,11 @@ def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, 
             )
         if not written.recipe.model.id:
             raise UsageError("names no model", where=str(path), valid='[model] id = "..."')
+        if recipe is not None:
+            require_written(recipe, written.recipe, path)
         return written.recipe.model.id, written.edit, recipe or written.recipe
     if edit is None:
         raise UsageError("no edit given", valid=f"--edit {EDIT}, or {RECIPE} instead of the model", hint="perpend fit")
     chosen, asked = find_edit(Path(edit)), (recipe or Recipe()).for_model(source)
     made = beside(Path(edit), chosen)
-    return source, chosen, asked.model_copy(update={"fit": made.fit, "edit": made.edit} if made else {})
+    return source, chosen, laid_over(asked, made, Path(edit)) if made else asked

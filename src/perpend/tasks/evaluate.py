@@ -15,7 +15,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, measure, pairs
-from perpend.tasks.output import appearing, require_free
+from perpend.tasks.output import appearing, require_free, require_no_partial, to_text
 from perpend.tasks.recipes import find_edit
 from perpend.tasks.report import PAIRS, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting, versions
@@ -95,6 +95,7 @@ def eval(
     out = Path(output) if output is not None else None
     if out is not None:
         require_free(out)
+        require_no_partial(out)
     ModelRef.parse(model)
     chosen = find_edit(Path(edit)) if edit is not None else None
     splits = open_splits(recipe)
@@ -127,6 +128,5 @@ def eval(
             for name, measured in (("before", made.before), ("after", made.after)):
                 if measured is not None:
                     (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")
-            text = json.dumps(made.to_json(), indent=1, ensure_ascii=False)
-            (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "eval.json").write_text(to_text(made.to_json()) + "\n", encoding="utf-8")
     return made

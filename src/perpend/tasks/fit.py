@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from perpend.fitting.fit import Fitted, fit_edit
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
-from perpend.tasks.output import appearing, require_free
-from perpend.tasks.recipes import DIRECTIONS, EDIT, write_recipe
+from perpend.tasks.output import appearing, require_free, require_no_partial, to_text
+from perpend.tasks.recipes import DIRECTIONS, EDIT, pinned, write_recipe
 from perpend.tasks.setup import journal_key, open_session, open_splits, versions
 
 
@@ -74,6 +73,7 @@ def fit(
     started, output = time.monotonic(), Path(output)
     recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
     require_free(output)
+    require_no_partial(output)
     ModelRef.parse(model)
     splits = open_splits(recipe)
     made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
@@ -86,7 +86,6 @@ def fit(
         with appearing(output) as folder:
             fitted.directions.save(folder / DIRECTIONS)
             fitted.edit.save(folder / EDIT)
-            write_recipe(folder, recipe, fitted.edit)
-            text = json.dumps(made.to_json(), indent=2, ensure_ascii=False)
-            (folder / "fit.json").write_text(text + "\n", encoding="utf-8")
+            write_recipe(folder, pinned(recipe, session.loaded), fitted.edit)
+            (folder / "fit.json").write_text(to_text(made.to_json(), indent=2) + "\n", encoding="utf-8")
     return made

@@ -53,7 +53,7 @@ class Organism:
         data = asdict(self)
         for name in ("refused_targets", "refused_baselines"):
             count, n = data.pop(name)
-            low, high = wilson(count, n) if n else (float("nan"), float("nan"))
+            low, high = wilson(count, n) if n else (None, None)
             data[name] = {"count": count, "n": n, "low": low, "high": high}
         return {**data, "loss": list(self.loss)}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from perpend.errors import RunFailed, UsageError
 
@@ -43,6 +46,22 @@ def require_no_partial(out: Path) -> None:
             where=str(partial),
             hint=f"rm -r {partial}",
         )
+
+
+def to_text(data: Any, *, indent: int | None = 1) -> str:
+    """Return JSON text; what JSON has no number for is null."""
+    return json.dumps(_finite(data), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
 
 
 def partial_of(out: Path) -> Path:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from perpend import __version__
 from perpend.config import Recipe, load, read_toml, to_toml
 from perpend.core.edits import Edit
 from perpend.errors import UsageError
+
+if TYPE_CHECKING:
+    from perpend.models.load import Loaded
 
 RECIPE, EDIT, DIRECTIONS = "recipe.toml", "edit.safetensors", "directions.safetensors"
 
@@ -19,6 +23,12 @@ class Written:
 
     recipe: Recipe
     edit: Edit
+
+
+def pinned(recipe: Recipe, loaded: Loaded) -> Recipe:
+    """Return the recipe with the commit of a model from the hub, so that it names these weights for good."""
+    ref, revision = loaded.ref, loaded.source.revision
+    return recipe.for_model(f"{ref.name}@{revision}") if ref.kind == "hub" and revision else recipe
 
 
 def write_recipe(folder: Path, recipe: Recipe, edit: Edit) -> None:
@@ -67,3 +77,66 @@ def find_edit(path: Path) -> Edit:
     if path.suffix == ".toml":
         return read_recipe(path).edit
     return Edit.load(path / EDIT if path.is_dir() else path)
+
+
+def require_written(asked: Recipe, made: Recipe, path: Path) -> None:
+    """Refuse a recipe that asks for another model, fit or edit than the one that an edit was written with.
+
+    Args:
+        asked: What is to be done now.
+        made: What was read from `path`.
+        path: The recipe beside the edit.
+
+    Raises:
+        UsageError: names the keys that differ.
+    """
+    now, then = _values(asked, ("fit", "edit")), _values(made, ("fit", "edit"))
+    keys = [key for key in now if now[key] != then[key]]
+    _require_none(([] if asked.model.id == made.model.id else ["model.id"]) + keys, path)
+
+
+def laid_over(asked: Recipe, made: Recipe, edit: Path) -> Recipe:
+    """Return the recipe that an edit was made with, for the model that is asked for now.
+
+    Args:
+        asked: Its model is taken, and what it says of replies and export that is not the default.
+        made: The recipe beside the edit; everything else is taken from it.
+        edit: Where the edit was read from.
+
+    Raises:
+        UsageError: `asked` says of prompts, fit or edit what is neither the default nor what was written.
+    """
+    path = (edit if edit.is_dir() else edit.parent) / RECIPE
+    _require_none(_changed(asked, made, ("fit", "edit")), path)
+    if others := _changed(asked, made, ("prompts", "seed")):
+        hint = f"perpend apply {path}, which takes other prompts"
+        raise UsageError(f"the edit beside it was made with another {', '.join(others)}", where=str(path), hint=hint)
+    usual = Recipe()
+
+    def over(name: str) -> Any:
+        given = {key: value for key, value in getattr(asked, name) if value != getattr(getattr(usual, name), key)}
+        return getattr(made, name).model_copy(update=given)
+
+    return made.model_copy(update={"model": asked.model, "eval": over("eval"), "export": over("export")})
+
+
+def _changed(asked: Recipe, made: Recipe, sections: tuple[str, ...]) -> list[str]:
+    """Return the keys of which `asked` says neither the default nor what `made` says."""
+    now, then, usual = (_values(recipe, sections) for recipe in (asked, made, Recipe()))
+    return [key for key in now if now[key] not in (usual[key], then[key])]
+
+
+def _values(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of some sections by dotted key."""
+    data = recipe.model_dump(mode="json", include=set(sections))
+    tables = {name: part if isinstance(part, dict) else {"": part} for name, part in data.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, table in tables.items() for key, value in table.items()}
+
+
+def _require_none(keys: list[str], path: Path) -> None:
+    if keys:
+        raise UsageError(
+            f"the edit beside it is fixed, and another {', '.join(keys)} asks for another edit",
+            where=str(path),
+            hint=f"perpend run --config {path}",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
 from perpend.tasks.journal import Journal, journal
-from perpend.tasks.output import require_free, require_no_partial
+from perpend.tasks.output import require_free, require_no_partial, to_text
 from perpend.tasks.report import Report, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
 
@@ -135,8 +134,7 @@ def run(
             said("gate", gate.to_json())
             clock.lap("export and gate")
             made.append(replace(base, export=export, gate=gate, seconds=clock.stages))
-            text = json.dumps(made[0].to_json(), indent=1, ensure_ascii=False)
-            (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+            (folder / REPORT).write_text(to_text(made[0].to_json()) + "\n", encoding="utf-8")
             edit, layer = fitted.edit, fitted.layer
             return card_facts(session, edit, recipe, gate, export, output, layer=layer, report=measured)
 

@@ -42,10 +42,13 @@ def as_asked(loaded: Loaded, recipe: Recipe, machine: Machine) -> Session:
 
 
 def open_splits(recipe: Recipe) -> Splits:
-    """Read the prompts of a recipe, and say so when they are the shipped ones."""
+    """Read the prompts of a recipe, and say so when those of a class are the shipped ones."""
     splits = load_splits(recipe.prompts)
-    if recipe.prompts.target == "perpend:target" and recipe.prompts.baseline == "perpend:baseline":
+    shipped = [side for side in ("target", "baseline") if getattr(recipe.prompts, side) == f"perpend:{side}"]
+    if len(shipped) == 2:
         note("no prompts given: using the shipped sets (perpend:target, perpend:baseline)")
+    for side in shipped if len(shipped) == 1 else ():
+        note(f"no {side} prompts given: using the shipped set (perpend:{side})")
     return splits
 
 
