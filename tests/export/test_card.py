@@ -215,6 +215,51 @@ def test_describe_counts_edited_modules_by_component():
     )
 
 
+def test_the_peak_is_the_weight_factor_that_is_largest_in_size():
+    anatomy = Anatomy.of(pico.build("llama"))
+    v = torch.eye(pico.HIDDEN)[:1]
+    for factors, expected in (
+        ({0: -0.1, 1: -0.9, 2: -0.3}, (-0.1, -0.9, 1)),
+        ({0: 0.2, 1: 0.5, 2: -0.8}, (0.5, -0.8, 2)),
+        ({0: 0.2, 1: -0.1, 2: 0.8}, (-0.1, 0.8, 2)),
+    ):
+        own = [w for w in anatomy.writers if w.component == "mlp"]
+        (part,) = describe(Edit({w.name: ModuleEdit(v, factors[w.layer]) for w in own}), anatomy)
+        assert (part.weakest, part.strongest, part.peak) == expected
+
+
+STRONGER = (Component("mlp", 34, 34, "0-33", -0.2, -1.5, 20),)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said", "unsaid"),
+    [
+        ({}, ("taken out of the weights", "removes a safety behaviour", "prompts that it refuses"), ("strengthened",)),
+        (
+            {"components": STRONGER},
+            ("strengthened in the weights", "strengthens a safety behaviour", "prompts that it refuses"),
+            ("taken out", "removes a safety"),
+        ),
+        (
+            {"refusal": False},
+            ("taken out of the weights", "between the two prompt sets", "changes how the model behaves"),
+            ("safety behaviour", "refuses"),
+        ),
+        (
+            {"refusal": False, "components": STRONGER},
+            ("strengthened in the weights", "between the two prompt sets"),
+            ("taken out", "safety behaviour", "refuses"),
+        ),
+    ],
+)
+def test_what_the_edit_does_depends_on_its_sign_and_its_prompts(tmp_path, changed, said, unsaid):
+    _, text = card(tmp_path, None, replace(FACTS, **changed))
+    lead = " ".join(text.split("## What was changed")[0].split())
+    assert all(promise in lead for promise in said)
+    assert not any(claim in lead for claim in unsaid)
+    assert "\n\n\n" not in text
+
+
 def test_spans():
     assert spans([]) == ""
     assert spans([7, 1, 2, 3, 9, 10]) == "1-3, 7, 9-10"

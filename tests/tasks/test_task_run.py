@@ -27,6 +27,7 @@ from perpend.models.load import load_model, release
 from perpend.models.session import Session
 from perpend.refs import ModelRef, Resolved
 from perpend.tasks.apply import apply
+from perpend.tasks.card import without_folders
 from perpend.tasks.fit import fit
 from perpend.tasks.gate import Gate, require_same
 from perpend.tasks.recipes import pinned
@@ -56,6 +57,36 @@ def test_everything_is_written_and_nothing_is_left_behind(done, pico_dir):
     assert data["gate"]["prompts"] == 4
     assert made.gate.worst < 0.01
     assert not made.gate.untouched.differing
+
+
+def test_the_card_names_no_folder_and_the_recipe_says_what_was_typed(done, pico_dir):
+    out = done[0] / "out"
+    card, written = (out / "README.md").read_text(), load(out / "recipe.toml")
+    assert str(done[0]) not in card
+    assert str(pico_dir("llama").parent) not in card
+    assert 'target = "target.txt"' in card
+    assert f'id = "{pico_dir("llama").name}"' in card
+    assert "between the two prompt sets" in " ".join(card.split())
+    assert (written.model.id, written.prompts.target) == (str(pico_dir("llama")), str(done[0] / "target.txt"))
+
+
+def test_paths_lose_their_folders_and_references_stay(tmp_path):
+    (tmp_path / "chat.jinja").write_text("x")
+    given = a_recipe(tmp_path).prompts
+    prompts = {
+        "target": f"{given.target}#column=text",
+        "target_report": given.baseline,
+        "chat_template": str(tmp_path / "chat.jinja"),
+    }
+    asked = Recipe.model_validate({"prompts": prompts, "eval": {"classifier": str(tmp_path)}}).for_model("org/x@0123")
+    found = without_folders(asked)
+    assert found.prompts.model_dump(exclude_none=True) == {
+        "target": "target.txt#column=text",
+        "baseline": "perpend:baseline",
+        "target_report": "baseline.txt",
+        "chat_template": "chat.jinja",
+    }
+    assert (found.model.id, found.eval.classifier) == ("org/x@0123", tmp_path.name)
 
 
 def test_the_saved_weights_are_the_edit(done, pico_dir):

@@ -86,9 +86,9 @@ class Component:
         edited: Modules with a weight factor other than 0.
         total: Modules of this component that write to the residual stream.
         layers: Such as `7-29`.
-        weakest: Smallest weight factor.
-        strongest: Largest weight factor.
-        peak: Layer of the largest.
+        weakest: Weight factor at the other end of the range from `strongest`.
+        strongest: Weight factor that is largest in size; below 0 it strengthens what it is applied to.
+        peak: Layer of the strongest.
     """
 
     name: str
@@ -114,6 +114,7 @@ class CardFacts:
         direction: Which layer's direction was taken out, in words.
         measures: Before/after table.
         prompts: What the prompts of that table are.
+        refusal: The two prompt sets are the shipped ones: requests that models refuse, and requests that they answer.
         judge: Whether a classifier took part.
         judge_detail: Which classifier and revision, agreement; in words.
         command: What to type to make this model again.
@@ -145,6 +146,7 @@ class CardFacts:
     revision: str | None = None
     title: str = ""
     prompts: str = "Prompts held out from fitting and search"
+    refusal: bool = True
     rank: int = 1
     schedule: Mapping[str, str] = field(default_factory=dict)
     drift: tuple[Quantity, ...] = ()
@@ -156,6 +158,12 @@ class CardFacts:
     recipe: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def strengthened(self) -> bool:
+        """Every weight factor is below 0: the direction was added to, not taken out."""
+        weights = [weight for part in self.components for weight in (part.weakest, part.strongest)]
+        return bool(weights) and max(weights) < 0
+
 
 def describe(edit: Edit, anatomy: Anatomy) -> tuple[Component, ...]:
     """Summarise an edit by component, leaving out modules with weight factor 0."""
@@ -165,9 +173,10 @@ def describe(edit: Edit, anatomy: Anatomy) -> tuple[Component, ...]:
         parts = [(edit.modules[w.name].weight, w.layer) for w in own if w.name in edit.modules]
         parts = [(weight, layer) for weight, layer in parts if weight != 0]
         if parts:
-            strongest, peak = max(parts, key=lambda part: part[0])
+            strongest, peak = max(parts, key=lambda part: abs(part[0]))
+            weakest = min((weight for weight, _ in parts), key=lambda weight: weight * strongest)
             layers = spans(layer for _, layer in parts)
-            found.append(Component(name, len(parts), len(own), layers, min(parts)[0], strongest, peak))
+            found.append(Component(name, len(parts), len(own), layers, weakest, strongest, peak))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ from perpend.core.edits import Edit
 from perpend.export.card import CardFacts, describe
 from perpend.export.shards import ExportResult
 from perpend.models.session import Session
+from perpend.refs import DataRef
 from perpend.tasks.gate import Gate
-from perpend.tasks.recipes import RECIPE
-from perpend.tasks.setup import versions
+from perpend.tasks.recipes import RECIPE, pinned
+from perpend.tasks.setup import shipped, versions
 
 if TYPE_CHECKING:
     from perpend.tasks.report import Report
+
+SOURCES = ("target", "baseline", "target_select", "baseline_select", "target_report", "baseline_report")
+"""Keys of the prompts section that name prompts."""
 
 
 def card_facts(
@@ -56,6 +61,7 @@ def card_facts(
         judge_detail=report.judges() if report else "",
         command=f"perpend apply {RECIPE} -o {output.name}",
         revision=source.revision,
+        refusal=len(shipped(recipe)) == 2,
         title=output.name,
         rank=rank,
         schedule={name: str(getattr(recipe.edit, name)) for name in ("attention", "mlp")},
@@ -65,6 +71,30 @@ def card_facts(
         modified=tuple(sorted(export.changed)),
         leak_allowed=recipe.export.allow_leak and any(not row.ok for row in gate.leak),
         not_measured=() if report else ("anything on prompts of the report split: `perpend eval` measures it",),
-        recipe=to_toml(recipe.model_dump(mode="json")),
+        recipe=to_toml(without_folders(pinned(recipe, session.loaded)).model_dump(mode="json")),
         versions=versions(),
+    )
+
+
+def without_folders(recipe: Recipe) -> Recipe:
+    """Return the recipe with local paths reduced to the names of their files, for a text that travels."""
+
+    def model(text: str) -> str:
+        path = Path(text).expanduser()
+        return path.resolve().name if path.exists() else text
+
+    def data(text: str | None) -> str | None:
+        if text is None or (ref := DataRef.parse(text)).kind != "file":
+            return text
+        return str(replace(ref, name=Path(ref.name).name))
+
+    prompts, template = recipe.prompts, recipe.prompts.chat_template
+    named = {key: data(getattr(prompts, key)) for key in SOURCES} | {
+        "chat_template": Path(template).name if template else None
+    }
+    return recipe.for_model(model(recipe.model.id)).model_copy(
+        update={
+            "prompts": prompts.model_copy(update=named),
+            "eval": recipe.eval.model_copy(update={"classifier": model(recipe.eval.classifier)}),
+        }
     )

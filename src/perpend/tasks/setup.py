@@ -41,13 +41,18 @@ def as_asked(loaded: Loaded, recipe: Recipe, machine: Machine) -> Session:
     return Session(loaded, machine, system=prompts.system, chat_template=prompts.chat_template, overrides=overrides)
 
 
+def shipped(recipe: Recipe) -> list[str]:
+    """Return the classes whose prompts are the shipped ones."""
+    return [side for side in ("target", "baseline") if getattr(recipe.prompts, side) == f"perpend:{side}"]
+
+
 def open_splits(recipe: Recipe) -> Splits:
     """Read the prompts of a recipe, and say so when those of a class are the shipped ones."""
     splits = load_splits(recipe.prompts)
-    shipped = [side for side in ("target", "baseline") if getattr(recipe.prompts, side) == f"perpend:{side}"]
-    if len(shipped) == 2:
+    own = shipped(recipe)
+    if len(own) == 2:
         note("no prompts given: using the shipped sets (perpend:target, perpend:baseline)")
-    for side in shipped if len(shipped) == 1 else ():
+    for side in own if len(own) == 1 else ():
         note(f"no {side} prompts given: using the shipped set (perpend:{side})")
     return splits
 
