@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from perpend.data import (
     require_disjoint,
     split_by_hash,
 )
-from perpend.errors import UsageError
+from perpend.errors import MissingExtra, UsageError
 
 TEXTS = [f"Question number {n}, about „things“?" for n in range(20)]
 
@@ -202,12 +203,36 @@ def test_an_empty_class_is_refused(tmp_path: Path) -> None:
 
 def test_shipped_prompts_come_split() -> None:
     splits = load_splits(PromptsSection())
-    assert all(len(s) >= 60 for s in splits.sets())
+    for pair, least in ((splits.fit, 256), (splits.select, 128), (splits.report, 200)):
+        assert len(pair.target) >= least
+        assert len(pair.baseline) >= least
     assert len(load_prompts("perpend:target")) == sum(len(p.target) for p in (splits.fit, splits.select, splits.report))
     assert load_prompts("perpend:baseline#split=report").fingerprint == splits.report.baseline.fingerprint
     assert len(load_splits(PromptsSection(limit=4)).report.target) == 4
     with pytest.raises(UsageError, match="no split 'test'"):
         load_prompts("perpend:target#split=test")
+
+
+SHIPPED = {
+    "target.fit": "19e43698a73d5d127fc4bd9b889e06a937a6b9803ebaa93c56ae74501b4ad407",
+    "baseline.fit": "90fbb7950fa0be705498dd610265dd2369d602fb6e028e279ffdf488f3283ea3",
+    "target.select": "f6ea066528fbe5172ebffee622406ac0fe5ac90788ba74d023fa436ebe018d7c",
+    "baseline.select": "7b1e1b5fe1f98341c7c27bf887a06b32a0c7ff2311614300e57afe72594a1ee3",
+    "target.report": "83f3c694e63e2dad960627fa09bd80465bd25a859d6c41a11845a0a1d31c6374",
+    "baseline.report": "b0d18470171388fc64a0be2c233cd308ec93ee15b80d1a785ddc30d15facbaa8",
+}
+"""Figures are comparable only over the same prompts: change these together with the version of the package."""
+
+
+def test_shipped_prompts_are_the_ones_that_figures_were_measured_on() -> None:
+    assert {s.name: s.fingerprint for s in load_splits(PromptsSection()).sets()} == SHIPPED
+
+
+def test_parquet_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra, match=r"p\.parquet needs the package pyarrow.*perpend\[parquet\]"):
+        load_prompts(str(tmp_path / "p.parquet"))
 
 
 def test_shipped_splits_hold_no_near_duplicates() -> None:

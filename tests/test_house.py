@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ FLOORS = (
 """From the bottom up; parts on one floor may not import each other, but for those that come earlier in the row."""
 
 HEIGHT = {part: (k, j) for k, floor in enumerate(FLOORS) for j, part in enumerate(floor)}
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "scipy", "pandas", "optuna", "huggingface_hub")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "scipy", "pandas", "huggingface_hub")
 MODULE_LINES, FUNCTION_LINES = 450, 70
 PLACES = re.compile(r"(?<![\w.])/(?:tmp|work|root|home|opt|Users)/\w|[A-Z]:[\\]Users")
 
@@ -146,3 +148,39 @@ def test_an_unknown_public_name_is_an_attribute_error():
 
 def test_there_is_no_module_of_odds_and_ends():
     assert not [path for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}]
+
+
+CARRIED = (
+    "py.typed",
+    *(f"prompts/{kind}.{split}.jsonl" for kind in ("target", "baseline") for split in ("fit", "select", "report")),
+    "judges/dictionaries/en.toml",
+    "judges/small.safetensors",
+    "export/templates/card.md.jinja",
+    "teaching/wordings.toml",
+    "teaching/smollm2/adapter_config.json",
+    "teaching/smollm2/adapter_model.safetensors",
+)
+"""Files that are no code and without which an installed package does not work."""
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_the_package_carries_its_data(name):
+    found = resources.files("perpend").joinpath(name)
+    assert found.is_file()
+    assert found.read_bytes() or name == "py.typed"
+    ignored = subprocess.run(["git", "check-ignore", "-q", SOURCE / name], cwd=ROOT)
+    assert ignored.returncode != 0, "left out of the wheel, as git ignores it"
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [
+        *project["dependencies"],
+        *(line for lines in project["optional-dependencies"].values() for line in lines),
+    ]
+    declared = {re.split(r"[\[<>=~! ]", line)[0].replace("-", "_").lower() for line in listed}
+    imported = {
+        name.split(".")[0] for path in FILES for _, name in _imports(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    outside = imported - sys.stdlib_module_names - {"perpend", "yaml"}  # yaml comes with huggingface_hub
+    assert outside <= declared | {"PIL"}

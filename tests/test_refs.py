@@ -64,6 +64,9 @@ def test_a_hub_model_that_is_not_cached_is_one_line_when_offline(
     with pytest.raises(UsageError, match=r"^org/name@v1: .*cache") as caught:
         ModelRef.parse("org/name@v1").resolve()
     assert "\n" not in str(caught.value)
+    assert "directory" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"^org/name: .*cache.*, and no such directory here"):
+        ModelRef.parse("org/name").resolve()  # perhaps a path with a slip in it
 
 
 @pytest.mark.parametrize(

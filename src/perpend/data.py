@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from perpend.config import PromptsSection
-from perpend.errors import UsageError, nearest
+from perpend.errors import MissingExtra, UsageError, nearest
 from perpend.refs import DataRef
 
 SplitName = Literal["fit", "select", "report"]
@@ -370,9 +370,11 @@ def _table(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "parquet", f"reading {path.name}") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()

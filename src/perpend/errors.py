@@ -52,8 +52,9 @@ class GateFailed(RunFailed):
 class MissingExtra(UsageError):
     """An optional package is needed: says what it is for and the line that installs it."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}", hint=f'pip install "perpend[{extra}]"')
+    def __init__(self, package: str, extra: str, purpose: str, *, also: str = "") -> None:
+        line = f'pip install "perpend[{extra}]"' + (f" && {also}" if also else "")
+        super().__init__(f"{purpose} needs the package {package}", hint=line)
 
 
 class Interrupted(PerpendError):

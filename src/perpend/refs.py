@@ -120,6 +120,7 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     )
 
     where = f"{name}@{revision}" if revision else name
+    nor = "" if revision else ", and no such directory here"
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     if fetch:
@@ -137,11 +138,13 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     except RevisionNotFoundError:
         raise UsageError(f"no revision '{revision}'", where=name) from None
     except RepositoryNotFoundError:
-        raise UsageError("no such repository on the hub, or no access", where=where, hint="hf auth login") from None
+        raise UsageError(
+            f"no such repository on the hub, or no access{nor}", where=where, hint="hf auth login"
+        ) from None
     except LocalEntryNotFoundError:
-        raise UsageError("not in the local cache, and the hub cannot be reached", where=where) from None
+        raise UsageError(f"not in the local cache, and the hub cannot be reached{nor}", where=where) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}", where=where) from None
+        raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}{nor}", where=where) from None
     finally:
         if not quiet:
             enable_progress_bars()

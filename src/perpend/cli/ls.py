@@ -15,10 +15,10 @@ from perpend.cli.options import LOOK, Request, command
 def ls(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="KIND", help="methods, modes, schedules, judges or prompts.", show_default=False),
+        typer.Argument(metavar="KIND", help="methods, modes, rules, schedules, judges or prompts.", show_default=False),
     ] = None,
     *,
     request: Request,
 ) -> None:
-    """List methods, modes, schedules, judges and prompts."""
+    """List methods, modes, rules, schedules, judges and prompts."""
     request.out.result(perpend.ls(kind), views.listing)

@@ -17,14 +17,14 @@ from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model, materialise_gguf
 from perpend.refs import ModelRef
 from perpend.tasks.measure import Side, ask, cost, judge
-from perpend.tasks.output import require_free
+from perpend.tasks.output import ANOTHER, require_free, to_text
 from perpend.tasks.run import Run, Tell, run
 from perpend.tasks.setup import as_asked, open_panel
 from perpend.teaching import adapter, shipped
 
 LIMIT = 200
 """Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes."""
-ORIGINAL, ORGANISM, EDITED = "original", "organism", "edited"
+ORIGINAL, ORGANISM, EDITED, RESULT = "original", "organism", "edited", "demo.json"
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,25 @@ def demo(
     """Make the organism, edit it, and compare it with what it was.
 
     Args:
-        output: Folder to make: `original`, `organism`, `edited`.
+        output: Folder to make: `original`, `organism`, `edited`, and the result as `demo.json`.
         recipe: What to do; the defaults of `run`, with the classifier that the package carries.
         machine: How to run it.
         limit: At most this many prompts of each class and split.
         tell: Is told each part of the result as soon as it is known.
 
     Raises:
-        MissingExtra: the package that carries the model is not installed.
+        MissingExtra: a package of the demo is not installed; said before anything is written.
         UsageError: the output is not empty.
-        Interrupted: Ctrl-C; nothing is kept.
+        Interrupted: Ctrl-C; what was made is kept once the edited model has passed its gate, and nothing before.
     """
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     recipe = demo_recipe(recipe or Recipe(), limit)
     require_free(output)
+    shipped.require()
+    organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
     try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
         make_organism(output, machine)
-        done = run(str(output / ORGANISM), output=output / EDITED, recipe=recipe, machine=machine, tell=tell)
-        truth = compare_with_original(output, done, recipe, machine)
+        done = run(organism, output=output / EDITED, recipe=recipe, machine=machine, tell=tell)
     except GateFailed:
         raise
     except (Interrupted, KeyboardInterrupt):
@@ -106,9 +107,16 @@ def demo(
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
+    try:
+        truth = compare_with_original(output, done, recipe, machine)
+    except (Interrupted, KeyboardInterrupt):
+        kept = f"interrupted in the last comparison; {output / EDITED} has passed its gate and is kept"
+        raise Interrupted(kept, hint=f"{ANOTHER} for a new demo") from None
     if tell:
         tell("truth", truth.to_json())
-    return Demo(str(output), done, truth, round(time.monotonic() - started, 1))
+    made = Demo(str(output), done, truth, round(time.monotonic() - started, 1))
+    (output / RESULT).write_text(to_text(made.to_json()) + "\n", encoding="utf-8")
+    return made
 
 
 def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
