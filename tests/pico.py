@@ -1,7 +1,7 @@
 """Pico models: one tiny random model per family, built offline, with a real tokenizer and a chat template.
 
 `build(family)` gives a model in memory; `save(family, folder)` writes a complete checkpoint (weights, configuration,
-tokenizer, chat template, generation settings and, for families that see, a processor). Weights are float32, seeded,
+tokenizer, chat template, generation settings and, for those in PICTURED, a processor). Weights are float32, seeded,
 and large enough that logits are far from uniform; norms and biases are random too, so that no gain is one by accident.
 """
 
@@ -270,16 +270,129 @@ _EXOTIC: dict[str, tuple[str, dict[str, Any]]] = {
         {**_COMMON, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2},
     ),
     "opt": ("opt", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+    "mistral": ("mistral", {**_COMMON, "head_dim": 8}),
+    "qwen3": ("qwen3", {**_COMMON, "head_dim": 8}),
+    "cohere": ("cohere", {**_COMMON, "logit_scale": 1.0}),
+    "phimoe": ("phimoe", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **_COMMON,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **_COMMON,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {**_COMMON, **_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    ),
+    "qwen3_5_text": ("qwen3_5_text", {**_COMMON, **_LINEAR_ATTENTION}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {**_COMMON, **_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    ),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            **_COMMON,
+            "head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        },
+    ),
 }
 
+# Families that see, beside Gemma 3: a vision tower that must stay as it is, and a text tower inside.
+_TOWER: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 48}
+_PATCHES: dict[str, Any] = {**_TOWER, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
+_QWEN_TOWER: dict[str, Any] = {**_TOWER, "depth": 2, "num_heads": 4, "out_hidden_size": HIDDEN, "patch_size": 14}
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+_VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {**_COMMON, "head_dim": 8, "model_type": "mistral"},
+            "vision_config": {**_PATCHES, "patch_size": 14, "model_type": "pixtral", "head_dim": 8},
+            "image_token_index": SPECIAL.index("<image_soft_token>"),
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {"text_config": {**_COMMON, "rope_parameters": _MROPE}, "vision_config": _QWEN_TOWER},
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": {**_COMMON, "head_dim": 8, "rope_parameters": _MROPE},
+            "vision_config": {**_QWEN_TOWER, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        {"text_config": {**_COMMON, **_LINEAR_ATTENTION}, "vision_config": _QWEN_TOWER},
+    ),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": _EXOTIC["gemma4_text"][1],
+            "vision_config": {**_PATCHES, "head_dim": 8, "num_key_value_heads": 4, "global_head_dim": 8},
+            "image_token_id": SPECIAL.index("<image_soft_token>"),
+        },
+    ),
+}
+
+_UNRUN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": (
+        "llama4",
+        {
+            "text_config": _EXOTIC["llama4_text"][1],
+            "vision_config": {
+                **_PATCHES,
+                "patch_size": 14,
+                "vision_output_dim": HIDDEN,
+                "projector_input_dim": HIDDEN,
+                "projector_output_dim": HIDDEN,
+            },
+        },
+    ),
+}
 FAMILIES = tuple(_FAMILIES)
-EXOTIC = tuple(_EXOTIC)
-SEEING = ("gemma3",)
+EXOTIC = (*_EXOTIC, *_VISION)
+UNRUN = tuple(_UNRUN)
+"""Families that can be saved and loaded, but whose class as saved cannot be run."""
+SEEING = ("gemma3", *_VISION, *_UNRUN)
+PICTURED = ("gemma3",)
+"""Families that are saved with a processor of pictures; the others' need torchvision."""
 
 
 def config(family: str, **overrides: Any) -> PreTrainedConfig:
     """Return the family's pico configuration; overrides go to the text part of a model that sees."""
-    model_type, values = (_FAMILIES | _EXOTIC)[family]
+    model_type, values = (_FAMILIES | _EXOTIC | _VISION | _UNRUN)[family]
     if "text_config" in values:
         values = {**values, "text_config": {**values["text_config"], **overrides}}
     else:
@@ -362,5 +475,5 @@ def save(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch
         kwargs: For `save_pretrained`, such as max_shard_size="40KB" for a sharded checkpoint.
     """
     build(family, seed=seed).to(dtype).save_pretrained(folder, **kwargs)
-    (_processor() if family in SEEING else tokenizer()).save_pretrained(folder)
+    (_processor() if family in PICTURED else tokenizer()).save_pretrained(folder)
     return folder

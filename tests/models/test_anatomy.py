@@ -16,6 +16,8 @@ from perpend.errors import UsageError
 from perpend.models.anatomy import Anatomy, Writer
 
 ALL = (*pico.FAMILIES, *pico.EXOTIC)
+CARRYING = tuple(family for family in ALL if family != "gemma3n_text")
+"""Families whose layers hand on their input as it is; Gemma 3n mixes four streams and adds a normed copy of one."""
 SQUARE = {"intermediate_size": pico.HIDDEN}
 """With this, down-projections are square too: no shape can tell their axes apart."""
 SQUARE_BY_FAMILY = {
@@ -25,7 +27,17 @@ SQUARE_BY_FAMILY = {
     "llama4_text": {"intermediate_size": pico.HIDDEN, "intermediate_size_mlp": pico.HIDDEN},
 }
 EXPERTS_SQUARE = {"moe_intermediate_size": pico.HIDDEN}
-ROUTED = ("qwen3_moe", "qwen2_moe", "deepseek_v3", "qwen3_next", "nemotron_h", "gemma4_moe")
+ROUTED = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "glm4_moe",
+    "lfm2_moe",
+    "nemotron_h",
+    "gemma4_moe",
+)
 TOKENS = torch.tensor([[40, 70, 110, 150, 190, 230], [300, 60, 20, 333, 99, 100]])
 
 
@@ -56,16 +68,22 @@ def run(model: nn.Module) -> Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_layers_are_the_identity_without_their_writers(family):
+@torch.no_grad()
+def silenced(family: str) -> tuple[nn.Module, Anatomy]:
+    """Return a model of which no writer writes."""
     model = pico.build(family)
     anatomy = Anatomy.of(model)
     assert anatomy.gaps == ()
-    with torch.no_grad():
-        for writer in anatomy.writers:
-            writer.weight(model).zero_()
-            if writer.bias:
-                writer.bias_of(model).zero_()
+    for writer in anatomy.writers:
+        writer.weight(model).zero_()
+        if writer.bias:
+            writer.bias_of(model).zero_()
+    return model, anatomy
+
+
+@pytest.mark.parametrize("family", CARRYING)
+def test_layers_are_the_identity_without_their_writers(family):
+    model, anatomy = silenced(family)
     with residuals(model, anatomy) as kept:
         run(model)
     assert len(kept) == anatomy.n_layers
@@ -73,7 +91,37 @@ def test_layers_are_the_identity_without_their_writers(family):
         torch.testing.assert_close(left, entered)
 
 
-@pytest.mark.parametrize("family", ALL)
+def test_layers_of_gemma_3n_only_mix_their_streams_and_a_normed_copy_without_their_writers():
+    model, anatomy = silenced("gemma3n_text")
+    with residuals(model, anatomy) as kept, torch.no_grad():
+        run(model)
+        for layer, (entered, left) in zip(anatomy.layer_modules(model), kept, strict=True):
+            copy = layer.input_layernorm(layer.altup.predict(entered)[:1])
+            known = torch.cat([entered, copy]).permute(1, 2, 3, 0)  # [B, T, d, streams + 1]
+            wanted = left.permute(1, 2, 3, 0)
+            mixed = known @ torch.linalg.lstsq(known, wanted).solution
+            torch.testing.assert_close(mixed, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_writer_of_gemma_3n_writes_a_removed_direction():
+    model = pico.build("gemma3n_text")
+    anatomy, kept = Anatomy.of(model), []
+    v = F.normalize(torch.randn(anatomy.hidden_size, generator=torch.Generator().manual_seed(3)), dim=0)
+    ends = ("linear_right", "o_proj", "down_proj", "per_layer_projection")
+    assert [w.name.rpartition(".")[2] for w in anatomy.writers] == [*ends] * pico.LAYERS
+    for writer in anatomy.writers:
+        weight = writer.weight(model)
+        u = F.normalize(anatomy.post_norm_gain(model, writer) * v, dim=0)
+        weight.sub_(u[:, None] * (u @ weight))
+        model.get_submodule(writer.post_norm).register_forward_hook(lambda m, x, y: kept.append(y))
+    run(model)
+    assert len(kept) == len(anatomy.writers)
+    for written in kept:
+        assert (written @ v).abs().max() < 1e-5 * written.norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("family", CARRYING)
 def test_a_direction_removed_from_every_writer_is_never_written(family):
     """Orientation and post-norm gain together: with matrices square, a wrong axis or γ for 1 + γ leaves much of it."""
     model = square(family)

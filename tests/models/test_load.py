@@ -297,3 +297,15 @@ def test_a_truncated_gguf(gguf_file: Path, tmp_path: Path, left: int) -> None:
         load_model(path)
     assert "\n" not in str(caught.value)
     assert "truncated or corrupt" in str(caught.value)
+
+
+def test_a_model_with_eyes_is_loaded_for_text_where_nothing_can_read_pictures(
+    pico_dir: Dirs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(load, "note", told.append)
+    loaded = load_model(pico_dir("qwen2_5_vl"))
+    assert loaded.processor is None
+    assert loaded.tokenizer.padding_side == "left"
+    assert [line for line in told if "no pictures can be read" in line] == told
+    assert len(told) == 1

@@ -23,10 +23,15 @@ from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf
 from perpend.models.files import check_files
+from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
 
 OVERFLOWS_IN_FLOAT16 = "gemma3"
 """Model types with this prefix have residuals beyond 65,504, the largest float16."""
+
+BLIND = ("llama4",)
+"""Model types that see and are loaded as their text tower alone: their image-text class fails in every forward pass,
+with pictures or without (transformers 5.24)."""
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
@@ -136,8 +141,8 @@ def load_model(
         facts = gguf.metadata(source.path / source.gguf_file) if source.gguf_file else {}
         gguf.complete(config, facts)
         dtype = _dtype(config, machine, source, where)
-        sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
-        processor = _attempt(where, hf.AutoProcessor.from_pretrained, source.path, **common) if sees else None
+        sees = _sees(config, source)
+        processor = _processor(where, source, common) if sees else None
         tokenizer = (
             processor.tokenizer
             if processor
@@ -161,6 +166,25 @@ def load_model(
     if source.gguf_file:
         gguf.complete_generation(model.generation_config, facts, tokenizer)
     return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, ref)
+
+
+def _sees(config: Any, source: Resolved) -> bool:
+    """Whether a model is loaded with its vision tower."""
+    return getattr(config, "vision_config", None) is not None and not source.gguf_file and config.model_type not in BLIND
+
+
+def _processor(where: str, source: Resolved, options: dict[str, Any]) -> Any | None:
+    """Return what reads pictures; None, which is said, where it cannot be had: text can be edited all the same."""
+    import transformers
+
+    hf: Any = transformers
+    try:
+        return _attempt(where, hf.AutoProcessor.from_pretrained, source.path, **options)
+    except MissingExtra:
+        raise
+    except UsageError as error:
+        note(f"{where}: no pictures can be read ({error.what.removeprefix('cannot be loaded: ').split('. ')[0]})")
+        return None
 
 
 def _attempt(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -385,7 +409,6 @@ def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -
     common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with silenced(), gguf.read_once(), torch.device("meta"):
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
-        sees = getattr(config, "vision_config", None) is not None and not source.gguf_file
-        auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
+        auto = hf.AutoModelForImageTextToText if _sees(config, source) else hf.AutoModelForCausalLM
         model: nn.Module = _attempt(where, auto.from_config, config, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)

@@ -74,6 +74,23 @@ def stream(value: Any) -> Tensor | None:
     return next((item for item in candidates if is_float(item)), None)
 
 
+def residual(model: nn.Module, output: Any) -> Tensor:
+    """Return the residual stream `[B, T, d]` in the output of a decoder layer.
+
+    Layers that carry several streams, `[S, B, T, d]` (Gemma 3n), work on one of them, which the configuration names.
+
+    Raises:
+        UsageError: several streams, and no one that the layers work on.
+    """
+    found = _required(output)
+    if found.dim() == 3:
+        return found
+    active = getattr(text_config(model), "altup_active_idx", None)
+    if found.dim() != 4 or active is None:
+        raise UsageError(f"a residual of shape {list(found.shape)} cannot be read", where=type(model).__name__)
+    return found[active]
+
+
 def is_float(value: Any) -> bool:
     """Whether a value is a float tensor of at least two axes."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2

@@ -30,6 +30,7 @@ from perpend.models.chat import Chat, Message, read_template
 from perpend.models.hooks import Install, in_place, prepare
 from perpend.models.load import Loaded
 from perpend.models.replies import Reply, ReplyLog, Sampling
+from perpend.models.sequence import residual
 from perpend.progress import note, track
 
 __all__ = ["Batch", "Reply", "ReplyLog", "Sampling", "Session"]
@@ -154,8 +155,7 @@ class Session:
 
         def keeper(layer: int) -> Callable[..., None]:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                kept[layer] = hidden[:, position].to(torch.float32, copy=True)
+                kept[layer] = residual(self.model, output)[:, position].to(torch.float32, copy=True)
 
             return keep
 
