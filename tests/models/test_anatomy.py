@@ -329,14 +329,15 @@ def test_the_printed_overrides_read_back(family):
 
 def test_coverage_counts_writers_and_parameters():
     rows = Anatomy.of(pico.build("deepseek_v3")).coverage()
-    found = [(r.layer, r.component, r.matched, r.total, r.parameters) for r in rows]
+    found = [(r.layer, r.component, r.matched, r.total, r.parameters, r.tensors) for r in rows]
     attention, dense, experts = 32 * 32, 32 * 48, 4 * 32 * 16 + 32 * 16
     assert found[:4] == [
-        (0, "attention", 1, 1, attention),
-        (0, "mlp", 1, 1, dense),
-        (1, "attention", 1, 1, attention),
-        (1, "mlp", 2, 2, experts),
+        (0, "attention", 1, 1, attention, 1),
+        (0, "mlp", 1, 1, dense, 1),
+        (1, "attention", 1, 1, attention, 1),
+        (1, "mlp", 2, 2, experts, 5),
     ]
+    assert [r.tensors for r in Anatomy.of(pico.build("gpt_oss")).coverage()][:2] == [2, 8], "biases count"
 
 
 # ------------------------------------------------------------------------------- models that no library has
@@ -433,6 +434,10 @@ def test_a_gated_writer_is_a_gap_and_the_printed_override_closes_it():
     with pytest.raises(UsageError) as error:
         anatomy.require_complete()
     line = str(error.value).partition("name the module in the recipe: ")[2]
+    printed = anatomy.to_toml()
+    assert Anatomy.of(model, tomllib.loads(printed)["edit"]["overrides"]).gaps != (), "a gap is printed as a comment"
+    entry = line.removeprefix("edit.overrides.writers.")
+    assert any(row.startswith(f"# {entry}  # layer 1 mlp: outer") for row in printed.splitlines())
     healed = Anatomy.of(model, tomllib.loads(line)["edit"]["overrides"])
     assert healed.gaps == ()
     assert healed.writer("blocks.1.outer").component == "mlp"

@@ -131,7 +131,7 @@ class Output:
         console = _console(stderr=False)
         with console.capture() as captured:
             for part in parts:
-                console.print(part, markup=False, highlight=False)
+                console.print(part, markup=False, highlight=False, crop=False)
         if text := captured.get():
             self._write("\n".join(line.rstrip() for line in text.splitlines()))
 

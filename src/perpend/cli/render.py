@@ -94,21 +94,27 @@ def coverage(rows: Rows, gaps: Sequence[str] = ()) -> Iterator[RenderableType]:
     """Show what of each layer can be edited; neighbouring layers that agree share a row.
 
     Args:
-        rows: `layer`, `component`, `matched`, `total`, `parameters` of each layer and component.
+        rows: `layer`, `component`, `matched`, `total`, `tensors`, `parameters` of each layer and component.
         gaps: What writes to the residual stream and cannot be edited.
     """
-    made = table("Writers", "layers", "component", "matched", "parameters", right=("matched", "parameters"))
+    right = ("matched", "tensors", "parameters")
+    made = table("Writers", "layers", "component", *right, right=right)
     for component in dict.fromkeys(row["component"] for row in rows):
         own = sorted((r for r in rows if r["component"] == component), key=lambda r: r["layer"])
-        for run in _runs(own, lambda r: (r["matched"], r["total"], r["parameters"])):
+        for run in _runs(own, lambda r: (r["matched"], r["total"], r["tensors"], r["parameters"])):
             first, last = run[0]["layer"], run[-1]["layer"]
             made.add_row(
                 f"{first}" if first == last else f"{first} – {last}",
                 component,
-                f"{run[0]['matched']} of {run[0]['total']}",
+                f"{sum(r['matched'] for r in run)} of {sum(r['total'] for r in run)}",
+                count(sum(r["tensors"] for r in run)),
                 count(sum(r["parameters"] for r in run)),
                 style="yellow" if run[0]["matched"] < run[0]["total"] else "",
             )
+    matched, total = (sum(row[name] for row in rows) for name in ("matched", "total"))
+    made.add_section()
+    sizes = (count(sum(row[name] for row in rows)) for name in ("tensors", "parameters"))
+    made.add_row("all", "", f"{matched} of {total}", *sizes)
     yield made
     for gap in gaps:
         yield Text(f"not editable: {printable(gap)}", style="yellow")

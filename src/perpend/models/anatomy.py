@@ -56,6 +56,7 @@ class CoverageRow:
         matched: Writers that can be edited.
         total: Writers, with those that cannot.
         parameters: Elements of the matched matrices.
+        tensors: Matched matrices and biases, every expert's counted alone.
     """
 
     layer: int
@@ -63,6 +64,7 @@ class CoverageRow:
     matched: int
     total: int
     parameters: int
+    tensors: int
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class Anatomy:
                 missing = sum((g.layer, g.component) == (layer, component) for g in self.gaps)
                 if own or missing:
                     size = sum(w.parameters for w in own)
-                    rows.append(CoverageRow(layer, component, len(own), len(own) + missing, size))
+                    tensors = sum((w.experts or 1) * (2 if w.bias else 1) for w in own)
+                    rows.append(CoverageRow(layer, component, len(own), len(own) + missing, size, tensors))
         return rows
 
     def require_complete(self, allow_partial: bool = False) -> None:
@@ -171,14 +174,25 @@ class Anatomy:
         )
 
     def _example(self) -> str:
-        gap = self.gaps[0]
+        return f"edit.overrides.writers.{self._line(self.gaps[0])}"
+
+    def _line(self, gap: Gap) -> str:
+        """The entry that names the module of a gap, or a usual name where none was found."""
         name = gap.module or {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}[gap.component]
         pattern = json.dumps(f"{self.layers}.{{layer}}.{name}")
-        return f'edit.overrides.writers.{pattern} = {{component = "{gap.component}", out_axis = 0}}'
+        return f'{pattern} = {{component = "{gap.component}", out_axis = 0}}'
 
     def to_toml(self) -> str:
-        """Return the writers as the `[edit.overrides]` table of a recipe; `of` reads it back to the same writers."""
-        return by_hand.to_toml(self.writers, self.layers)
+        """Return the writers as the `[edit.overrides]` table of a recipe; `of` reads it back to the same writers.
+
+        Gaps follow as comments: the entry that would name the module, and why it was not taken for a writer.
+        """
+        told: dict[str, Gap] = {}
+        for gap in self.gaps:
+            told.setdefault(self._line(gap), gap)
+        gaps = [f"# {line}  # {gap}\n" for line, gap in told.items()]
+        apart = {f"{self.layers}.{gap.layer}.{gap.module}" for gap in self.gaps}
+        return by_hand.to_toml(self.writers, self.layers, apart) + "".join(gaps)
 
     def post_norm_gain(self, model: nn.Module, writer: Writer) -> Tensor | None:
         """Measure the gain of the norms between a writer and the residual by pushing a probe through them.

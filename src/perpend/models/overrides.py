@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from torch import nn
@@ -120,22 +121,24 @@ def _placed(value: Any, layer: int) -> Any:
     return value.replace("{layer}", str(layer)) if isinstance(value, str) else value
 
 
-def to_toml(writers: Iterable[Writer], layers: str) -> str:
+def to_toml(writers: Iterable[Writer], layers: str, apart: Collection[str] = ()) -> str:
     """Write writers as the `[edit.overrides]` table, one line for what is alike in all layers.
 
     Args:
         writers: What to write.
         layers: Path of the list of decoder layers.
+        apart: Modules that no line may name, since they are no writers.
     """
     lines = ["[edit.overrides]", f"layers = {json.dumps(layers)}", "", "[edit.overrides.writers]"]
     tables: dict[str, dict[str, dict[str, Any]]] = {}
+    others = {re.sub(rf"^{re.escape(layers)}\.\d+\.", f"{layers}.{{layer}}.", name) for name in apart}
     for writer in writers:
         at = f"{layers}.{writer.layer}."
         pattern = writer.name.replace(at, f"{layers}.{{layer}}.", 1)
         tables.setdefault(pattern, {})[writer.name] = _as_override(writer, at, layers)
     for pattern, by_name in tables.items():
-        first, *others = by_name.values()
-        alike = all(table == first for table in others)
+        first, *rest = by_name.values()
+        alike = pattern not in others and all(table == first for table in rest)
         for name, table in ({pattern: first} if alike else by_name).items():
             body = ", ".join(f"{key} = {json.dumps(item)}" for key, item in table.items())
             lines.append(f"{json.dumps(name)} = {{{body}}}")
