@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -130,6 +131,8 @@ class EvalSection(_Section):
     """Sequence classifier of the hybrid: hub id, directory, `perpend:small`, or `none` for the dictionary alone."""
     drift_tokens: int = Field(default=48, ge=1)
     """Tokens of the base model's own replies over which drift is measured."""
+    control_prompts: int = Field(default=64, ge=0)
+    """Target prompts that are answered once more under a random direction of equal drift; 0 leaves the control out."""
 
 
 class ExportSection(_Section):
@@ -141,6 +144,40 @@ class ExportSection(_Section):
     """Prompts of each class on which the reloaded export is measured again."""
 
 
+class SearchSection(_Section):
+    """How `perpend search` looks for an edit, and which one it takes."""
+
+    trials: int = Field(default=160, ge=1)
+    """Candidate edits that are scored, at most."""
+    minutes: float | None = Field(default=None, gt=0)
+    """No trial begins after so many minutes; None leaves it to `trials` and `patience`."""
+    patience: int = Field(default=3, ge=0)
+    """Generations in which the front must grow by 1 %, or the search ends; 0 goes on to the last trial."""
+    generation: int = Field(default=16, ge=2)
+    """Candidates that are asked for at once, from the results of all generations before."""
+    batch: int = Field(default=8, ge=1)
+    """Candidates of a generation that one worker scores together."""
+    prompts: int = Field(default=48, ge=2)
+    """Prompts of each class, of the select split, on which a candidate is scored."""
+    max_rank: int = Field(default=2, ge=1)
+    """Most directions per module (k) that are tried."""
+    refine: int = Field(default=20, ge=0)
+    """Gradient steps from the best candidate; 0 for none. See docs/search.md."""
+    survivors: int = Field(default=8, ge=2)
+    """Candidates of the front that generate shortly, so that the score is checked."""
+    finalists: int = Field(default=4, ge=1)
+    """Candidates that are labelled at full length by both judges on the select split."""
+    max_drift: float | None = Field(default=None, gt=0)
+    """Choose the most acceptance at a drift of at most so many nats per token; None with no `min_acceptance`: the
+    knee of the front."""
+    min_acceptance: float | None = Field(default=None, gt=0, le=1)
+    """Choose the least drift with at least this acceptance rate on the select split."""
+
+
+BUDGET = ("trials", "minutes", "patience", "refine", "survivors", "finalists", "max_drift", "min_acceptance")
+"""Keys of the search that do not change what a trial is: they may change when a search goes on."""
+
+
 class Recipe(_Section):
     """What is done: portable, hashed, saved beside the weights."""
 
@@ -150,6 +187,7 @@ class Recipe(_Section):
     edit: EditSection = EditSection()
     eval: EvalSection = EvalSection()
     export: ExportSection = ExportSection()
+    search: SearchSection = SearchSection()
     seed: int = 0
     """Seed of everything random."""
 
@@ -167,14 +205,42 @@ def _batch(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def _size(value: object) -> object:
+    """Read `3GB` or `500 MiB` as bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    if found is None or found[2].upper() not in SIZES:
+        return value
+    return int(float(found[1]) * SIZES[found[2].upper()])
+
+
 class Machine(_Section):
-    """How it is run: never changes what is computed beyond rounding."""
+    """How it is run: never changes what is computed beyond rounding, but for `quantization`."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: the checkpoint's own."""
     batch_size: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_batch)] = "auto"
+    memory: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_size)] = None
+    """Bytes of main memory, or text such as 3GB, that the process may take altogether; None for what is free."""
+    offload: Literal["auto", "none", "disk"] = "auto"
+    """auto: layers that do not fit stay in main memory (beside a GPU) or are read from the original files when they are
+    needed; none: a model that does not fit is refused; disk: every layer is read when it is needed."""
+    offload_folder: Path | None = None
+    """Where tensors go that the files hold in another form than the model (experts stored one by one), while layers are
+    offloaded; None for a temporary folder."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the weights quantised by bitsandbytes, to measure; an export is made from the original files all the same."""
+    device_map: str = "auto"
+    """How several GPUs share a model that one cannot hold: auto, balanced, sequential, or a JSON file of modules."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes, started by torchrun, that share every matrix."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates the replies of `perpend eval`."""
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,13 +1,15 @@
 """What an edit costs: how far the edited model has moved from the reference on the reference's own answers.
 
-Both models read the same tokens (teacher forcing), so that nothing is generated and every position is a pair.
+Both models read the same tokens (teacher forcing), so that nothing is generated and every position is a pair. The
+control asks what an edit of the same cost does that knows nothing of the direction.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perpend.core.stats import bootstrap_mean, wilson
+from perpend.core.edits import Edit
+from perpend.core.linear import orthonormalise
+from perpend.core.stats import bootstrap_mean, bootstrap_ratio, wilson
 from perpend.errors import RunFailed, UsageError
 from perpend.judges.coherence import distinct, longest_repeat, words
 from perpend.models.chat import strip_reasoning
@@ -112,15 +116,30 @@ class Drift:
         """Mean KL at the first token; near zero wherever the template fixes it, so never to be read alone."""
         return statistics.fmean(p.first for p in self.prompts)
 
+    def _losses(self) -> tuple[list[float], list[float]]:
+        """Summed cross-entropy of each answer under the reference, and under the candidate."""
+        return [p.reference_loss * p.tokens for p in self.prompts], [p.candidate_loss * p.tokens for p in self.prompts]
+
+    @property
+    def cross_entropy(self) -> tuple[float, float]:
+        """Cross-entropy of the answers under the reference and under the candidate, nats per token over all tokens."""
+        before, after = self._losses()
+        return sum(before) / self.tokens, sum(after) / self.tokens
+
     @property
     def cross_entropy_ratio(self) -> float:
         """Cross-entropy of the answers under the candidate over that under the reference, both over all tokens.
 
         1 means that the candidate finds the answers as likely; infinite when the reference is certain of them all.
         """
-        before = sum(p.reference_loss * p.tokens for p in self.prompts)
-        after = sum(p.candidate_loss * p.tokens for p in self.prompts)
+        before, after = self.cross_entropy
         return after / before if before else 1.0 if not after else float("inf")
+
+    @property
+    def cross_entropy_ratio_interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the ratio over prompts."""
+        before, after = self._losses()
+        return bootstrap_ratio(after, before) if any(before) else (1.0, 1.0) if not any(after) else (math.inf, math.inf)
 
     @property
     def flip_rate(self) -> float:
@@ -141,14 +160,23 @@ class Drift:
             "p95": self.p95,
             "first_token": self.first,
             "first_token_interval": list(first[1:]),
-            "cross_entropy_ratio": None if ratio == float("inf") else ratio,
+            "cross_entropy": {"reference": self.cross_entropy[0], "candidate": self.cross_entropy[1]},
+            "cross_entropy_ratio": _or_none(ratio),
+            "cross_entropy_ratio_interval": [_or_none(x) for x in self.cross_entropy_ratio_interval],
             "flip_rate": self.flip_rate,
             "flip_rate_interval": list(flips[1:]),
             "per_prompt": [{"index": p.index, "tokens": p.tokens, "kl": p.kl} for p in self.prompts],
         }
 
 
+def _or_none(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
 B = TypeVar("B", bound=TeacherForced)
+
+MOST, LEAST = 64.0, 1 / 64
+"""Factors on the weight factors between which a drift is looked for."""
 
 
 def measure(reference: Callable[[B], Tensor], candidate: Callable[[B], Tensor], batches: Iterable[B]) -> Drift:
@@ -278,3 +306,91 @@ def repetition(
         unfinished=ended.count(False),
         unfinished_reasoning=sum(not text and not end for text, end in zip(texts, ended, strict=True)),
     )
+
+
+def rotated(edit: Edit, seed: int) -> Edit:
+    """Return the edit with all its directions turned by one random rotation of the residual stream: the control.
+
+    Modules, weight factors and modes stay, and so do the angles between the directions of any two modules, so that
+    nothing but the place of the directions in the stream is lost; each is uniform on the sphere (Haar measure).
+
+    Args:
+        edit: What is controlled for; modules of one width.
+        seed: Seed of the rotation.
+    """
+    own = {name: part.directions.double() for name, part in edit.modules.items()}
+    if not own:
+        return edit
+    _, size, axes = torch.linalg.svd(torch.cat(list(own.values())), full_matrices=False)
+    basis = axes[size > 1e-5 * size[0]]  # what float32 rounding adds to the span is left out
+    generator = torch.Generator().manual_seed(seed)
+    there = orthonormalise(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
+    turned = {name: orthonormalise(v @ basis.mT @ there).float() for name, v in own.items()}
+    modules = {name: replace(part, directions=turned[name]) for name, part in edit.modules.items()}
+    return Edit(modules, {**edit.provenance, "control": "random", "seed": seed})
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a search for a drift ended.
+
+    Attributes:
+        factor: On the weight factors.
+        drift: What it costs, nats per token.
+        matched: The drift is the one that was looked for, to the tolerance; else the nearest that was reached.
+    """
+
+    factor: float
+    drift: float
+    matched: bool
+
+
+def equal_drift(
+    cost: Callable[[float], float], aim: float, *, tolerance: float = 0.05, steps: int = 10, start: float = 1.0
+) -> Found:
+    """Find the factor at which an edit costs `aim`, by bracketing and bisection in the logarithm.
+
+    Args:
+        cost: Drift at a factor on the weight factors; `RunFailed` stands for more than any.
+        aim: Drift that is looked for, nats per token, above 0.
+        tolerance: Relative difference that counts as equal.
+        steps: Most calls of `cost`.
+        start: First factor.
+
+    Returns:
+        The factor whose drift is nearest, and whether it is near enough. Where drift has a largest value below `aim`,
+        that is the largest within `MOST`.
+
+    Raises:
+        UsageError: no positive drift to look for.
+        RunFailed: no factor gives finite logits.
+    """
+    if not aim > 0:
+        raise UsageError(f"a drift of {aim} to be equal to", valid="more than 0")
+    low, high, factor, best = 0.0, math.inf, start, None
+    for _ in range(steps):
+        found = _tried(cost, factor)
+        miss = abs(math.log(max(found, 1e-12) / aim))
+        if math.isfinite(found) and (best is None or miss < best[0]):
+            best = (miss, factor, found)
+        if miss <= math.log1p(tolerance):
+            break
+        low, high = (factor, high) if found < aim else (low, factor)
+        step = min(8.0, max(1.5, 1.2 * math.sqrt(aim / max(found, 1e-12)))) if found < aim else 0.25
+        if low and math.isfinite(high):
+            factor = math.sqrt(low * high)
+        elif factor in (LEAST, MOST):
+            break
+        else:
+            factor = min(MOST, max(LEAST, factor * step))
+    if best is None:
+        raise RunFailed("no random direction of any size gives finite logits")
+    return Found(best[1], best[2], best[0] <= math.log1p(tolerance))
+
+
+def _tried(cost: Callable[[float], float], factor: float) -> float:
+    """Return the drift at a factor, infinite where the model breaks."""
+    try:
+        return cost(factor)
+    except RunFailed:
+        return math.inf

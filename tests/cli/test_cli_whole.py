@@ -47,7 +47,7 @@ def test_fit_then_apply_then_eval(cli, model, tmp_path):
 
     judged = cli("eval", model, "-e", "edit", "--limit", "6", *REPLIES, "--json")
     assert judged.code == 0, judged.err
-    assert judged.json["after"]["target"]["n"] == 6
+    assert judged.json["report"]["after"]["target"]["n"] == 6
     alone = cli("eval", "out", "--limit", "6", *REPLIES)
     assert alone.code == 0, alone.err
     assert "after" not in alone.out

@@ -35,7 +35,7 @@ def a_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
         "prompts": {"target": target, "baseline": baseline, "limit": 4},
         "fit": {"layer": 1, "filter": False},
         "edit": {"attention": once, "mlp": once},
-        "eval": {"classifier": "none", "max_new_tokens": 4, "drift_tokens": 4},
+        "eval": {"classifier": "none", "max_new_tokens": 4, "drift_tokens": 4, "control_prompts": 0},
         "export": {"gate_prompts": 2},
     }
     for name, values in sections.items():

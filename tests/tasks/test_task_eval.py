@@ -26,8 +26,8 @@ def fitted(tmp_path_factory, pico_dir):
 
 def essence(folder):
     """What was measured, without clock and place."""
-    data = json.loads((folder / "eval.json").read_text())
-    return {k: v for k, v in data.items() if k not in {"seconds", "output"}}
+    data = json.loads((folder / "report.json").read_text())
+    return {k: v for k, v in data.items() if k not in {"seconds", "output", "about"}}
 
 
 @pytest.mark.parametrize("after", [1, 5])
@@ -42,7 +42,7 @@ def test_an_interrupted_evaluation_gives_the_same_result(pico_dir, fitted, tmp_p
         eval(model, output=tmp_path / "out", **given)
     assert len(calls) == 8 - after  # before and after, two classes, two batches each
     assert essence(tmp_path / "out") == essence(tmp_path / "whole")
-    assert names(tmp_path / "out") == {"eval.json", "before.jsonl", "after.jsonl"}
+    assert names(tmp_path / "out") == {"report.html", "report.json", "before.jsonl", "after.jsonl"}
     for name in ("before.jsonl", "after.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "out.resume").exists()

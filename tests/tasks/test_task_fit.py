@@ -18,7 +18,7 @@ from perpend.models.session import Session
 from perpend.tasks.fit import fit
 from perpend.tasks.recipes import find_edit, read_recipe
 
-MADE = {"directions.safetensors", "edit.safetensors", "recipe.toml", "fit.json"}
+MADE = {"directions.safetensors", "edit.safetensors", "recipe.toml", "report.json", "report.html"}
 BYTES = ("directions.safetensors", "edit.safetensors")
 
 
@@ -40,7 +40,7 @@ def test_what_is_written_can_be_read_back(pico_dir, tmp_path):
     written = read_recipe(out / "recipe.toml")
     assert written.recipe == recipe.for_model(model)
     assert written.edit.sha256 == made.fitted.edit.sha256 == Edit.load(out / "edit.safetensors").sha256
-    data = json.loads((out / "fit.json").read_text())
+    data = json.loads((out / "report.json").read_text())
     assert data["fit"]["layer"] == 1.0
     assert data["prompts"]["target.fit"] == 4
     for path in (out, out / "edit.safetensors", out / "recipe.toml"):

@@ -71,8 +71,8 @@ def forecast(data: Data) -> dict[str, str | None]:
 def inspection(data: Data) -> View:
     """Show `perpend inspect`."""
     yield from model(data)
-    if data["gaps"]:
-        yield Text("name them by hand in a recipe; --json has the writers as a table to begin with", style="dim")
+    yield Text("\nThe same by name, to paste into a recipe", style="bold")
+    yield Text(printable(data["overrides"]).rstrip("\n"), no_wrap=True, overflow="ignore")
 
 
 def model(data: Data) -> View:
@@ -181,7 +181,7 @@ def evaluation(data: Data) -> View:
     if data["dry_run"]:
         yield from planned(data)
         return
-    yield from report(data)
+    yield from report(data["report"])
     yield from written(data)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.reliability import cosines, expected_cosine
 from perpend.core.schedule import layers as length
 from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
@@ -50,6 +51,8 @@ class Fitted:
             "counts": self.counts,
             "diagnostics": dict(self.directions.diagnostics),
             "raw_norm": self.directions.raw_norm.tolist(),
+            "expected_cosine": [expected_cosine(c) for c in self.directions.diagnostics.get("split_half_cosine", ())],
+            "cosines": cosines(self.directions.vectors),
             "choice": None if self.choice is None else {**asdict(self.choice), "layer": self.choice.layer},
             "steps": [asdict(step) for step in self.steps],
             "modules": len(self.edit),

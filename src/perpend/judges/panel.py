@@ -375,13 +375,14 @@ class Comparison:
         }
 
 
-def compare(before: Judgement, after: Judgement, *, seed: int = 0) -> Comparison:
-    """Compare the acceptance of two sets of replies to the same prompts.
+def compare(before: Judgement, after: Judgement, *, seed: int = 0, counted: Label = Label.COMPLY) -> Comparison:
+    """Compare the acceptance of two sets of replies to the same prompts, or how often they got another label.
 
     Args:
         before: One judgement.
         after: The other, of the same prompts by the same judges, in any order.
         seed: Seed of the bootstrap.
+        counted: Label that is compared.
 
     Raises:
         UsageError: other prompts, a prompt twice, other judges, or no pair that both could judge.
@@ -394,8 +395,8 @@ def compare(before: Judgement, after: Judgement, *, seed: int = 0) -> Comparison
     known = [i for i in first if Label.UNKNOWN not in (first[i], second[i])]
     if not known:
         raise UsageError("no prompt was judged both before and after")
-    a = [first[i] is Label.COMPLY for i in known]
-    b = [second[i] is Label.COMPLY for i in known]
+    a = [first[i] is counted for i in known]
+    b = [second[i] is counted for i in known]
     gained = sum(y and not x for x, y in zip(a, b, strict=True))
     lost = sum(x and not y for x, y in zip(a, b, strict=True))
     difference, low, high = paired_bootstrap(a, b, seed=seed)

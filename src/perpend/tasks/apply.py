@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from perpend.judges.panel import Panel
 from perpend.models.load import save_gguf
 from perpend.models.session import Session
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate, pass_gate, reference
 from perpend.tasks.output import partial_of, require_free, require_no_partial
+from perpend.tasks.pages import put
 from perpend.tasks.recipes import (
     EDIT,
     RECIPE,
@@ -36,7 +38,7 @@ from perpend.tasks.recipes import (
     require_written,
     write_recipe,
 )
-from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
+from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting, versions
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,24 @@ class Applied:
     dry_run: bool = False
     forecast: Forecast | None = None
     """What would be done, of a dry run."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from."""
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Weight factors of the edit."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
+            "task": "apply",
             "output": self.output,
             "model": self.model,
             "modules": self.modules,
             "seconds": self.seconds,
             "dry_run": self.dry_run,
             **({"forecast": self.forecast.to_json()} if self.forecast else {}),
+            "versions": versions(),
+            **({"about": dict(self.about)} if self.about else {}),
+            **({"edit": dict(self.edit)} if self.edit else {}),
             **({"export": self.export.to_json()} if self.export else {}),
             **({"gate": self.gate.to_json()} if self.gate else {}),
         }
@@ -164,12 +174,19 @@ def apply(
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
     panel = open_panel(found, machine)
+    facts = about("apply", session, found, machine)
+    base = replace(made, edit=edit_facts(chosen, session.anatomy))
+    proven: list[Applied] = []
 
     def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
+        took = round(time.monotonic() - started, 1)
+        known = facts | {"peak_memory": peak_memory()}
+        proven.append(replace(base, export=export, gate=gate, seconds=took, about=known))
+        put(folder, proven[0].to_json())
         return card_facts(session, chosen, found, gate, export, output)
 
-    result, gate = bake_and_prove(session, chosen, output, found, machine, splits, panel, finish)
-    return replace(made, export=result, gate=gate, seconds=round(time.monotonic() - started, 1))
+    bake_and_prove(session, chosen, output, found, machine, splits, panel, finish)
+    return proven[0]
 
 
 def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:

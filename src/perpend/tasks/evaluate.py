@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from perpend.config import Machine, Recipe
 from perpend.drift import Drift
 from perpend.judges.panel import Comparison
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, measure, pairs
-from perpend.tasks.output import appearing, require_free, require_no_partial, to_text
+from perpend.tasks.output import appearing, require_free, require_no_partial
+from perpend.tasks.pages import put
 from perpend.tasks.recipes import find_edit
-from perpend.tasks.report import PAIRS, report
+from perpend.tasks.report import Report, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting, versions
 
 
@@ -30,20 +33,41 @@ class Evaluation:
     prompts: dict[str, int]
     before: Measured | None
     """The untouched model; None for a dry run."""
-    after: Measured | None = None
-    accepted: Comparison | None = None
-    answered: Comparison | None = None
-    drift: Drift | None = None
-    pairs: tuple[dict[str, Any], ...] = ()
+    report: Report | None = None
+    """Before and after; None without an edit."""
     seconds: float = 0.0
     dry_run: bool = False
     forecast: Forecast | None = None
     """What would be done, of a dry run."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from."""
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Weight factors of the edit."""
+
+    @property
+    def after(self) -> Measured | None:
+        """The edit; None without one."""
+        return self.report.after if self.report else None
+
+    @property
+    def accepted(self) -> Comparison | None:
+        """Target prompts, paired; None without an edit."""
+        return self.report.accepted if self.report else None
+
+    @property
+    def drift(self) -> Drift | None:
+        """What the edit cost; None without one."""
+        return self.report.drift if self.report else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        parts = {name: getattr(self, name) for name in ("before", "after", "accepted", "answered", "drift")}
+        seen: dict[str, Any] | None = None
+        if self.report:
+            seen = self.report.to_json()
+        elif self.before:
+            seen = {"before": self.before.to_json(), "pairs": pairs(self.before)}
         return {
+            "task": "eval",
             "output": self.output,
             "model": self.model,
             "prompts": self.prompts,
@@ -51,8 +75,9 @@ class Evaluation:
             "dry_run": self.dry_run,
             **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
-            **{name: part.to_json() for name, part in parts.items() if part is not None},
-            **({"pairs": list(self.pairs)} if self.pairs else {}),
+            **({"about": dict(self.about)} if self.about else {}),
+            **({"edit": dict(self.edit)} if self.edit else {}),
+            **({"report": seen} if seen else {}),
         }
 
 
@@ -79,8 +104,8 @@ def eval(
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        output: Folder to make: `eval.json` and the replies, `before.jsonl`, `after.jsonl`; with it, an interrupted
-            evaluation can go on.
+        output: Folder to make: `report.html`, `report.json` and the replies, `before.jsonl`, `after.jsonl`; with it,
+            an interrupted evaluation can go on.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
         recipe: Prompts, length of replies, judges.
         machine: How to run it.
@@ -115,9 +140,9 @@ def eval(
             made = replace(empty, before=measure(session, pair, recipe, panel, store=stores("before")))
         else:
             seen = report(session, chosen, pair, recipe, panel, stores=stores)
-            parts = {name: getattr(seen, name) for name in ("before", "after", "accepted", "answered", "drift")}
-            made = replace(empty, **parts, pairs=tuple(pairs(seen.before.target, seen.after.target, PAIRS)))
-        return replace(made, seconds=round(time.monotonic() - started, 1))
+            made = replace(empty, before=seen.before, report=seen, edit=edit_facts(chosen, session.anatomy))
+        facts = about("eval", session, recipe, machine) | {"peak_memory": peak_memory()}
+        return replace(made, about=facts, seconds=round(time.monotonic() - started, 1))
 
     if out is None:
         return work(lambda name: {})
@@ -128,5 +153,5 @@ def eval(
             for name, measured in (("before", made.before), ("after", made.after)):
                 if measured is not None:
                     (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")
-            (folder / "eval.json").write_text(to_text(made.to_json()) + "\n", encoding="utf-8")
+            put(folder, made.to_json())
     return made

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
-from perpend.tasks.output import appearing, require_free, require_no_partial, to_text
+from perpend.tasks.output import appearing, require_free, require_no_partial
+from perpend.tasks.pages import put
 from perpend.tasks.recipes import DIRECTIONS, EDIT, pinned, write_recipe
 from perpend.tasks.setup import journal_key, open_session, open_splits, versions
 
@@ -30,10 +33,15 @@ class Fit:
     dry_run: bool = False
     forecast: Forecast | None = None
     """What would be done, of a dry run."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from."""
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Weight factors of the edit."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
+            "task": "fit",
             "output": self.output,
             "model": self.model,
             "prompts": self.prompts,
@@ -41,6 +49,8 @@ class Fit:
             "dry_run": self.dry_run,
             **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
+            **({"about": dict(self.about)} if self.about else {}),
+            **({"edit": dict(self.edit)} if self.edit else {}),
             **({"fit": self.fitted.to_json()} if self.fitted else {}),
         }
 
@@ -60,7 +70,8 @@ def fit(
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        output: Folder to make: `directions.safetensors`, `edit.safetensors`, `recipe.toml`, `fit.json`.
+        output: Folder to make: `directions.safetensors`, `edit.safetensors`, `recipe.toml`, `report.html`,
+            `report.json`.
         recipe: What to do; the defaults use the shipped prompts.
         machine: How to run it.
         dry_run: Only say what would be read and written.
@@ -82,10 +93,12 @@ def fit(
     with journal(output, journal_key("fit", model, recipe, machine, splits), "the same command again") as kept:
         session = open_session(model, recipe, machine)
         fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
-        made = replace(made, fitted=fitted, seconds=round(time.monotonic() - started, 1))
+        facts = about("fit", session, recipe, machine) | {"peak_memory": peak_memory()}
+        took = round(time.monotonic() - started, 1)
+        made = replace(made, fitted=fitted, about=facts, edit=edit_facts(fitted.edit, session.anatomy), seconds=took)
         with appearing(output) as folder:
             fitted.directions.save(folder / DIRECTIONS)
             fitted.edit.save(folder / EDIT)
             write_recipe(folder, pinned(recipe, session.loaded), fitted.edit)
-            (folder / "fit.json").write_text(to_text(made.to_json(), indent=2) + "\n", encoding="utf-8")
+            put(folder, made.to_json())
     return made

@@ -128,7 +128,8 @@ def _work(recipe: Recipe, splits: Splits, fits: bool, measures: int, bakes: bool
         observed = sizes["fit"] * recipe.fit.filter + sizes["select"] * (recipe.fit.layer == "auto")
         runs += observed + sizes["fit"] + sizes["select"]
         tokens += observed * TOKENS
-    replies = measures * sizes["report"] + bakes * 4 * recipe.export.gate_prompts
+    control = min(recipe.eval.control_prompts, len(splits.report.target)) if measures > 1 else 0
+    replies = measures * sizes["report"] + control + bakes * 4 * recipe.export.gate_prompts
     return runs + replies, tokens + replies * recipe.eval.max_new_tokens
 
 

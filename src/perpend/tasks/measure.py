@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perpend import drift
@@ -27,10 +27,19 @@ class Side:
     replies: tuple[Reply, ...]
     judged: Judgement
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        said = drift.repetition([r.text for r in self.replies], [r.finished for r in self.replies])
-        return {**self.judged.to_json(), "repetition": said.to_json()}
+    def first(self, n: int) -> Side:
+        """Return the first n prompts, or all where there are fewer."""
+        judged = replace(self.judged, replies=self.judged.replies[:n])
+        return Side(self.prompts[:n], self.replies[:n], judged)
+
+    def repetition(self, before: Side | None = None) -> drift.Repetition:
+        """Return length and repetition of the replies; the length also beside that of other replies to the prompts."""
+        texts = None if before is None else [r.text for r in before.replies]
+        return drift.repetition([r.text for r in self.replies], [r.finished for r in self.replies], texts)
+
+    def to_json(self, before: Side | None = None) -> dict[str, Any]:
+        """Return plain JSON values; with the side before, how much longer the replies are."""
+        return {**self.judged.to_json(), "repetition": self.repetition(before).to_json()}
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,10 @@ class Measured:
     baseline: Side
     """Replies that refuse are over-refusals."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"target": self.target.to_json(), "baseline": self.baseline.to_json()}
+    def to_json(self, before: Measured | None = None) -> dict[str, Any]:
+        """Return plain JSON values; with what was before, how much longer the replies are."""
+        target, baseline = (before.target, before.baseline) if before else (None, None)
+        return {"target": self.target.to_json(target), "baseline": self.baseline.to_json(baseline)}
 
 
 def judge(prompts: Sequence[Prompt], replies: Sequence[Reply], panel: Panel) -> Side:
@@ -82,7 +92,15 @@ def measure(
     return Measured(judge(pair.target, replies[:cut], panel), judge(pair.baseline, replies[cut:], panel))
 
 
-def cost(session: Session, edit: Edit | None, asked: Side, tokens: int, *, other: Session | None = None) -> drift.Drift:
+def cost(
+    session: Session,
+    edit: Edit | None,
+    asked: Side,
+    tokens: int,
+    *,
+    other: Session | None = None,
+    limit: int = DRIFT_PROMPTS,
+) -> drift.Drift:
     """Return the drift from a reference over the reference's own replies.
 
     Args:
@@ -91,17 +109,31 @@ def cost(session: Session, edit: Edit | None, asked: Side, tokens: int, *, other
         asked: Prompts with the replies of the reference; the first of them are used.
         tokens: Of each reply, only so many.
         other: The reference, a model of the same tokenizer; `session` without the edit by default.
+        limit: Prompts that are used, at most.
     """
-    prompts, replies = asked.prompts[:DRIFT_PROMPTS], asked.replies[:DRIFT_PROMPTS]
+    prompts, replies = asked.prompts[:limit], asked.replies[:limit]
     batches = session.batches(prompts, [r.tokens for r in replies], max_tokens=tokens)
     return drift.measure((other or session).under(None), session.under(edit), batches)
 
 
-def pairs(before: Side, after: Side, n: int) -> list[dict[str, Any]]:
-    """Return prompts with both replies and labels, those whose label changed first."""
-    columns = (before.prompts, before.replies, after.replies, before.judged.labels, after.judged.labels)
-    rows = [
-        {"prompt": p.text, "before": a.text, "after": b.text, "label_before": str(x), "label_after": str(y)}
-        for p, a, b, x, y in zip(*columns, strict=True)
-    ]
-    return sorted(rows, key=lambda row: row["label_before"] == row["label_after"])[:n]
+def pairs(before: Measured, after: Measured | None = None) -> list[dict[str, Any]]:
+    """Return every prompt with its reply and label, before and after where there is an after.
+
+    Targets come first, and of each class those whose label changed.
+    """
+    found: list[dict[str, Any]] = []
+    for name in ("target", "baseline"):
+        one, other = getattr(before, name), getattr(after, name) if after else None
+        rows = [
+            {"class": name, "id": p.id, "prompt": p.text, **_said("before", one, k), **_said("after", other, k)}
+            for k, p in enumerate(one.prompts)
+        ]
+        found += sorted(rows, key=lambda row: row["label_before"] == row.get("label_after", row["label_before"]))
+    return found
+
+
+def _said(when: str, side: Side | None, k: int) -> dict[str, Any]:
+    """Return the reply and the label of prompt k of a side."""
+    if side is None:
+        return {}
+    return {when: side.replies[k].text, f"label_{when}": str(side.judged.replies[k].label)}

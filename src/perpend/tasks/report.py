@@ -11,12 +11,13 @@ from perpend.core.edits import Edit
 from perpend.data import PromptPair
 from perpend.drift import Drift
 from perpend.export.card import Count, Measure, Quantity
+from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
 from perpend.models.session import Reply, Session
+from perpend.tasks.claim import Claim, claim
+from perpend.tasks.control import Control, control
 from perpend.tasks.measure import Measured, Side, cost, measure, pairs
 
-PAIRS = 6
-"""Before/after pairs of each class that are shown."""
 Stores = Callable[[str], MutableMapping[str, Reply]]
 
 
@@ -33,6 +34,18 @@ class Report:
     """Baseline prompts, paired."""
     drift: Drift
     """From the untouched model, over its own answers to baseline prompts."""
+    control: Control | None = None
+    """A random direction at the same drift; None where the recipe leaves it out or the edit costs nothing."""
+
+    @property
+    def over_refusal(self) -> Comparison:
+        """Refusals on baseline prompts, paired."""
+        return compare(self.before.baseline.judged, self.after.baseline.judged, counted=Label.REFUSE)
+
+    @property
+    def claim(self) -> Claim:
+        """What may be said of acceptance and coherence."""
+        return claim(self.before, self.after)
 
     @property
     def kind(self) -> Literal["hybrid", "dictionary only"]:
@@ -42,15 +55,18 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
+            "claim": self.claim.to_json(),
             "before": self.before.to_json(),
-            "after": self.after.to_json(),
+            "after": self.after.to_json(self.before),
             "accepted": self.accepted.to_json(),
             "answered": self.answered.to_json(),
+            "over_refusal": self.over_refusal.to_json(),
             "drift": self.drift.to_json(),
+            "control": self.control.to_json() if self.control else None,
             "prompts": {
                 s.name: {"n": len(s), "fingerprint": s.fingerprint} for s in (self.pair.target, self.pair.baseline)
             },
-            "pairs": pairs(self.before.target, self.after.target, PAIRS),
+            "pairs": pairs(self.before, self.after),
         }
 
     def measures(self) -> tuple[Measure, ...]:
@@ -99,11 +115,14 @@ def report(
     before = measure(session, pair, recipe, panel, store=store("before"))
     with session.edited(edit):
         after = measure(session, pair, recipe, panel, store=store("after"))
+    spent = cost(session, edit, before.baseline, recipe.eval.drift_tokens)
+    both = (before.target, before.baseline)
     return Report(
         pair=pair,
         before=before,
         after=after,
         accepted=compare(before.target.judged, after.target.judged),
         answered=compare(before.baseline.judged, after.baseline.judged),
-        drift=cost(session, edit, before.baseline, recipe.eval.drift_tokens),
+        drift=spent,
+        control=control(session, edit, both, after.target, spent, recipe, panel, store=store("control")),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from perpend.fitting.fit import Fitted, fit_edit
 from perpend.judges.panel import Panel
 from perpend.models.session import Session
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.apply import bake_and_prove
 from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
 from perpend.tasks.journal import Journal, journal
-from perpend.tasks.output import require_free, require_no_partial, to_text
+from perpend.tasks.output import require_free, require_no_partial
+from perpend.tasks.pages import put
 from perpend.tasks.report import Report, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
 
-REPORT = "report.json"
 Tell = Callable[[str, dict[str, Any]], None]
 """Is told each part of the result as soon as it is known: `tell(name, data)`."""
 
@@ -48,6 +49,10 @@ class Run:
     dry_run: bool = False
     forecast: Forecast | None = None
     """What would be done, of a dry run."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Where it came from."""
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    """Weight factors of the edit."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -58,6 +63,7 @@ class Run:
             "gate": self.gate,
         }
         return {
+            "task": "run",
             "output": self.output,
             "model": self.model,
             "architecture": self.architecture,
@@ -67,6 +73,8 @@ class Run:
             "dry_run": self.dry_run,
             **({"forecast": self.forecast.to_json()} if self.forecast else {}),
             "versions": versions(),
+            **({"about": dict(self.about)} if self.about else {}),
+            **({"edit": dict(self.edit)} if self.edit else {}),
             **{name: part.to_json() for name, part in parts.items() if part is not None},
         }
 
@@ -100,7 +108,8 @@ def run(
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        output: Folder to make: the edited model, `edit.safetensors`, `recipe.toml`, `report.json`, card.
+        output: Folder to make: the edited model, `edit.safetensors`, `recipe.toml`, `report.html` and
+            `report.json`, card.
         recipe: What to do; the defaults use the shipped prompts.
         machine: How to run it.
         dry_run: Only say what would be read and written.
@@ -129,12 +138,15 @@ def run(
         clock.lap("load")
         fitted, measured = _decide(session, splits, recipe, panel, kept, said, clock)
         base = Run(str(output), model, session.anatomy.architecture, coverage, sizes, fitted, measured, None, None, {})
+        base = replace(base, edit=edit_facts(fitted.edit, session.anatomy))
+        facts = about("run", session, recipe, machine)
 
         def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
             said("gate", gate.to_json())
             clock.lap("export and gate")
-            made.append(replace(base, export=export, gate=gate, seconds=clock.stages))
-            (folder / REPORT).write_text(to_text(made[0].to_json()) + "\n", encoding="utf-8")
+            known = facts | {"peak_memory": peak_memory()}
+            made.append(replace(base, export=export, gate=gate, seconds=clock.stages, about=known))
+            put(folder, made[0].to_json())
             edit, layer = fitted.edit, fitted.layer
             return card_facts(session, edit, recipe, gate, export, output, layer=layer, report=measured)
 

@@ -1,0 +1,221 @@
+"""One self-contained page from one document: no script but its own few lines, nothing fetched, all text escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from perpend._version import __version__
+from perpend.errors import UsageError
+from perpend.report import figures
+from perpend.report.document import Document, Drift, Interval, Side
+
+QUESTIONS = {
+    "run": "What one edit did to",
+    "eval": "How replies changed in",
+    "fit": "The direction that was found in",
+    "apply": "An edit, read back from the file of",
+    "bench": "Benchmarks before and after an edit of",
+    "search": "What a search found in",
+}
+
+
+def read(data: Mapping[str, Any], where: str) -> Document:
+    """Return a document from JSON.
+
+    Args:
+        data: What a file holds.
+        where: Its name.
+
+    Raises:
+        UsageError: not a report; names the first key that is wrong.
+    """
+    try:
+        return Document.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UsageError(f"not a report: {key}: {first['msg']}", where=where) from None
+
+
+def render(document: Document) -> str:
+    """Return the page of a document."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("perpend.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    environment.filters |= {
+        "pct": percent,
+        "num": plain,
+        "signed": signed,
+        "span": span,
+        "points": points,
+        "size": size,
+        "clock": clock,
+    }
+    style, script = (_asset(name) for name in ("report.css", "report.js"))
+    return environment.get_template("report.html.jinja").render(
+        d=document,
+        r=document.report,
+        question=QUESTIONS.get(document.task, "A report on"),
+        name=document.about.model.id if document.about else document.model.rstrip("/").rpartition("/")[2],
+        names=figures.LABELS,
+        figures=drawn(document),
+        matrices=matrices(document),
+        drifts=drift_rows(document),
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        stages=document.seconds if isinstance(document.seconds, dict) else {"all": document.seconds},
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("perpend.report").joinpath("templates", name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    """Return the source expression by which a content security policy admits this text and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def drawn(document: Document) -> dict[str, Markup]:
+    """Return the figures for which the document has numbers."""
+    found: dict[str, Markup] = {}
+    report, fit = document.report, document.fit
+    if report and report.after:
+        rows = [
+            ("before", "before", report.before.target.acceptance),
+            ("after", "after", report.after.target.acceptance),
+        ]
+        if report.control:
+            rows.insert(1, ("random direction", "random", report.control.random.acceptance))
+        found["acceptance"] = figures.acceptance(rows)
+    elif report:
+        found["acceptance"] = figures.acceptance([("replies", "after", report.before.target.acceptance)])
+    if report:
+        found["labels"] = figures.labels(report.before, report.after)
+        if report.drift:
+            found["drifts"] = figures.drifts(report.drift, report.control)
+    if fit:
+        if fit.diagnostics:
+            found["separation"] = figures.separation(fit)
+        if fit.cosines:
+            found["cosines"] = figures.cosines(fit)
+        if fit.choice and fit.choice.candidates:
+            found["tried"] = figures.tried(fit.choice)
+    if document.edit and document.edit.modules:
+        found["schedule"] = figures.schedule(document.edit, document.gate)
+    if document.front:
+        found["front"] = figures.front(document.front)
+    return found
+
+
+def matrices(document: Document) -> list[dict[str, Any]]:
+    """Return how often each pair of labels of dictionary and classifier came, per class and side."""
+    report = document.report
+    if not report:
+        return []
+    found = []
+    for when, sides in (("before", report.before), ("after", report.after)):
+        for name in ("target", "baseline") if sides else ():
+            side: Side = getattr(sides, name)
+            if "classifier" not in side.judges:
+                continue
+            said = [(_label(r, "dictionary"), _label(r, "classifier")) for r in side.replies]
+            columns = [x for x in figures.LABELS if any(b == x for _, b in said)]
+            rows = [(x, [said.count((x, y)) for y in columns]) for x in figures.LABELS if any(a == x for a, _ in said)]
+            title = f"{name} prompts, {when}" if report.after else f"{name} prompts"
+            found.append({"title": title, "columns": columns, "rows": rows, "side": side})
+    return found
+
+
+def _label(judged: Any, role: str) -> str:
+    said = (judged.model_extra or {}).get(role)
+    return str(said["label"]) if said else "unknown"
+
+
+def drift_rows(document: Document) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the table of cost: what, value, 95 % interval, the control's value."""
+    report = document.report
+    if not report or not report.drift:
+        return []
+    one, other = report.drift, report.control.drift if report.control else None
+
+    def row(name: str, key: str, interval: str, form: str) -> tuple[str, str, str, str]:
+        bounds: Interval | None = getattr(one, interval) if interval else None
+        control = "" if other is None else _number(getattr(other, key), form)
+        return name, _number(getattr(one, key), form), span(bounds, form) if bounds else "", control
+
+    def entropy(drift: Drift) -> str:
+        return f"{drift.cross_entropy.reference:.3f} → {drift.cross_entropy.candidate:.3f}"
+
+    return [
+        row("KL per token, mean over prompts, nats", "mean", "interval", ".4f"),
+        row("KL per token, median prompt", "median", "", ".4f"),
+        row("KL per token, 95th percentile", "p95", "", ".4f"),
+        row("KL of the first token", "first_token", "first_token_interval", ".4f"),
+        (
+            "Cross-entropy of its own answers, nats per token",
+            entropy(one),
+            "",
+            entropy(other) if other else "",
+        ),
+        row("The same as a ratio", "cross_entropy_ratio", "cross_entropy_ratio_interval", ".3f"),
+        row("Greedy tokens that change", "flip_rate", "flip_rate_interval", ".1%"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def percent(value: float | None) -> str:
+    """Return a share as per cent."""
+    return _number(value, ".1%").replace("%", "\u2009%")
+
+
+def plain(value: float | None, form: str = ".3f") -> str:
+    """Return a number, a dash where there is none."""
+    return _number(value, form)
+
+
+def signed(value: float | None, form: str = "+.3f") -> str:
+    """Return a number with its sign, a dash where there is none."""
+    return _number(value, form).replace("-", "−")
+
+
+def points(value: float | None) -> str:
+    """Return a difference of shares in percentage points, with its sign."""
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def span(bounds: Sequence[float | None] | None, form: str = ".1%") -> str:
+    """Return an interval, a dash without one."""
+    if not bounds or None in bounds:
+        return "–"
+    return f"{bounds[0]:{form}} – {bounds[1]:{form}}".replace("%", "\u2009%")
+
+
+def size(value: float) -> str:
+    """Return bytes as MB or GB."""
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def clock(value: float) -> str:
+    """Return seconds as a person says them."""
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{value:.1f} s"
