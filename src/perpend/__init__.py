@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from perpend.tasks.inspect import inspect
     from perpend.tasks.ls import ls
     from perpend.tasks.organism import organism
+    from perpend.tasks.pages import write_report
     from perpend.tasks.run import run
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "ls",
     "organism",
     "run",
+    "write_report",
 ]
 
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "tasks.inspect": ("inspect",),
     "tasks.ls": ("ls",),
     "tasks.organism": ("organism",),
+    "tasks.pages": ("write_report",),
     "tasks.run": ("run",),
 }
 _RENAMED = {"load_recipe": "load"}

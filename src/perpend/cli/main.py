@@ -21,10 +21,11 @@ from perpend.cli.inspect import inspect
 from perpend.cli.ls import ls
 from perpend.cli.organism import organism
 from perpend.cli.output import Output
+from perpend.cli.report import report
 from perpend.cli.run import run
 from perpend.errors import Interrupted
 
-COMMANDS = (run, fit, apply, evaluate, inspect, chat, demo, organism, ls)
+COMMANDS = (run, fit, apply, evaluate, report, inspect, chat, demo, organism, ls)
 
 app = typer.Typer(
     name="perpend",

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from perpend._version import __version__
 from perpend.errors import UsageError
 from perpend.report import figures
-from perpend.report.document import Document, Drift, Interval, Side
+from perpend.report.document import Document, Drift, Fit, Interval, Report, Side
 
 QUESTIONS = {
     "run": "What one edit did to",
@@ -94,33 +94,37 @@ def _hash(text: str) -> str:
 
 def drawn(document: Document) -> dict[str, Markup]:
     """Return the figures for which the document has numbers."""
-    found: dict[str, Markup] = {}
-    report, fit = document.report, document.fit
-    if report and report.after:
-        rows = [
-            ("before", "before", report.before.target.acceptance),
-            ("after", "after", report.after.target.acceptance),
-        ]
-        if report.control:
-            rows.insert(1, ("random direction", "random", report.control.random.acceptance))
-        found["acceptance"] = figures.acceptance(rows)
-    elif report:
-        found["acceptance"] = figures.acceptance([("replies", "after", report.before.target.acceptance)])
-    if report:
-        found["labels"] = figures.labels(report.before, report.after)
-        if report.drift:
-            found["drifts"] = figures.drifts(report.drift, report.control)
-    if fit:
-        if fit.diagnostics:
-            found["separation"] = figures.separation(fit)
-        if fit.cosines:
-            found["cosines"] = figures.cosines(fit)
-        if fit.choice and fit.choice.candidates:
-            found["tried"] = figures.tried(fit.choice)
+    found: dict[str, Markup] = {**_of_replies(document.report), **_of_fit(document.fit)}
     if document.edit and document.edit.modules:
         found["schedule"] = figures.schedule(document.edit, document.gate)
     if document.front:
         found["front"] = figures.front(document.front)
+    return found
+
+
+def _of_replies(report: Report | None) -> dict[str, Markup]:
+    if not report:
+        return {}
+    old = report.before.target.acceptance
+    rows = [("before" if report.after else "replies", "before", old)]
+    if report.control:
+        rows.append(("random direction", "random", report.control.random.acceptance))
+    if report.after:
+        rows.append(("after", "after", report.after.target.acceptance))
+    found = {"acceptance": figures.acceptance(rows), "labels": figures.labels(report.before, report.after)}
+    return {**found, "drifts": figures.drifts(report.drift, report.control)} if report.drift else found
+
+
+def _of_fit(fit: Fit | None) -> dict[str, Markup]:
+    if not fit:
+        return {}
+    found = {}
+    if fit.diagnostics:
+        found["separation"] = figures.separation(fit)
+    if fit.cosines:
+        found["cosines"] = figures.cosines(fit)
+    if fit.choice and fit.choice.candidates:
+        found["tried"] = figures.tried(fit.choice)
     return found
 
 

@@ -108,7 +108,7 @@ class Figure:
         for cls, name in entries:
             self.add("rect", x=x, y=y - 8, width=14, height=4, rx=2, cls=f"key {cls}")
             self.text(x + 19, y - 1, name, "tick")
-            x += 30 + 6.4 * len(name)
+            x += 32 + 7.2 * len(name)
 
     def svg(self) -> Markup:
         """Return the element."""
