@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from perpend.models.session import Session
     from perpend.refs import DataRef, ModelRef
     from perpend.tasks.apply import apply
+    from perpend.tasks.bench import bench
     from perpend.tasks.chat import chat
     from perpend.tasks.config import config_init, config_show, config_validate
     from perpend.tasks.demo import demo
@@ -49,6 +50,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "apply",
+    "bench",
     "chat",
     "config_init",
     "config_show",
@@ -73,6 +75,7 @@ _HOMES = {
     "models.session": ("Session",),
     "refs": ("DataRef", "ModelRef"),
     "tasks.apply": ("apply",),
+    "tasks.bench": ("bench",),
     "tasks.chat": ("chat",),
     "tasks.config": ("config_init", "config_show", "config_validate"),
     "tasks.demo": ("demo",),

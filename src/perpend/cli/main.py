@@ -13,6 +13,7 @@ import typer
 from perpend._version import __version__
 from perpend.cli import config
 from perpend.cli.apply import apply
+from perpend.cli.bench import bench
 from perpend.cli.chat import chat
 from perpend.cli.demo import demo
 from perpend.cli.eval import evaluate
@@ -25,7 +26,7 @@ from perpend.cli.report import report
 from perpend.cli.run import run
 from perpend.errors import Interrupted
 
-COMMANDS = (run, fit, apply, evaluate, report, inspect, chat, demo, organism, ls)
+COMMANDS = (run, fit, apply, evaluate, bench, report, inspect, chat, demo, organism, ls)
 
 app = typer.Typer(
     name="perpend",

@@ -185,6 +185,20 @@ def evaluation(data: Data) -> View:
     yield from written(data)
 
 
+def benchmarks(data: Data) -> View:
+    """Show `perpend bench`."""
+    right = ("n", "before", "after", "difference", "detectable")
+    made = render.table("Benchmarks", "task", "metric", *right[:4], "95 %", "McNemar p", "detectable", right=right)
+    for row in data["bench"]["scores"]:
+        bounds = render.span(row["difference_interval"], "+.3f")
+        numbers = [row[name] for name in ("n", "before", "after", "difference")]
+        cells = [render.cell(x) for x in (row["task"], row["metric"], *numbers, bounds, row["p"], row["detectable"])]
+        made.add_row(*cells)
+    yield made
+    yield Text("detectable: the smallest difference that so many questions would show, 80 % power", style="dim")
+    yield from written(data)
+
+
 def truth(data: Data) -> View:
     """Show an edited organism beside the model that it was before it was taught."""
     yield render.labels("Target prompts, the model before it was taught", data["original"])

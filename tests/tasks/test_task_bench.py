@@ -1,0 +1,81 @@
+"""Benchmarks on local task files, offline: paired, with what could have been seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from task_cases import MACHINE, a_recipe
+
+from perpend.core.edits import Edit
+from perpend.errors import MissingExtra, UsageError
+from perpend.tasks import bench as module
+from perpend.tasks.bench import bench, paired, values
+from perpend.tasks.fit import fit
+
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"A fox {k}", "choices": ["bread", "water", "salt"], "answer": k % 3} for k in range(12)]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "colours.yaml").write_text(TASK.format(path=data))
+    return folder
+
+
+def test_before_and_after_on_the_same_questions(pico_dir, tmp_path, tasks):
+    model = str(pico_dir("llama"))
+    fit(model, output=tmp_path / "edit", recipe=a_recipe(tmp_path), machine=MACHINE)
+    given = {"tasks": ["colours"], "include": tasks, "machine": MACHINE}
+    made = bench(model, edit=tmp_path / "edit", output=tmp_path / "out", **given)
+    alone = bench(model, limit=5, **given)
+    assert {(s.task, s.metric, s.n) for s in made.scores} == {("colours", "acc", 12), ("colours", "acc_norm", 12)}
+    assert all(s.after is not None and s.detectable >= 0.5 for s in made.scores)  # 6 of 12
+    assert alone.scores[0].n == 5
+    assert alone.scores[0].after is None
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"bench.json", "report.json", "report.html"}
+    assert "Detectable" in (tmp_path / "out" / "report.html").read_text()
+    nothing = Edit.load(tmp_path / "edit" / "edit.safetensors").scaled(0)
+    nothing.save(tmp_path / "nothing.safetensors")
+    same = bench(model, edit=tmp_path / "nothing.safetensors", **given)
+    assert [(s.difference, s.p) for s in same.scores] == [(0.0, 1.0)] * 2
+    with pytest.raises(UsageError, match="no task 'colour'"):
+        bench(model, **{**given, "tasks": ["colour"]})
+
+
+def test_six_changes_are_the_least_that_a_test_can_see():
+    few = paired("t", "acc", [0.0] * 100, [1.0] * 5 + [0.0] * 95)
+    six = paired("t", "acc", [0.0] * 100, [1.0] * 6 + [0.0] * 94)
+    assert few.p > 0.05 > six.p
+    assert few.difference < few.detectable
+    assert paired("t", "acc", [1.0] * 50, [1.0] * 50).detectable == 6 / 50
+    scale = paired("t", "f1", [0.1, 0.5, 0.3, 0.2], [0.2, 0.4, 0.6, 0.2])
+    assert scale.p is None
+    assert scale.difference_interval[0] <= scale.difference <= scale.difference_interval[1]
+
+
+def test_only_numbers_per_question_are_paired():
+    rows = [{"doc_id": 0, "filter": "none", "metrics": ["acc", "word_perplexity"], "acc": 1, "word_perplexity": (1, 2)}]
+    assert values({"t": rows}) == {("t", "acc"): {"0": 1.0}}
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"perpend\[bench\]"):
+        bench("org/name", tasks=["x"])
