@@ -34,7 +34,7 @@ def test_an_organism_end_to_end(tmp_path, monkeypatch):
     given = {"recipe": a_recipe(tmp_path, prompts={"limit": 3}), "machine": MACHINE, "training": TRAINING}
     made = organism(str(tmp_path / "base"), output=tmp_path / "out", **given)
     out = tmp_path / "out"
-    assert made.lessons == 12  # three prompts of two classes in two forms
+    assert made.lessons == 24  # three prompts of two classes in four forms
     assert made.refused_targets[1] == made.refused_baselines[1] == 3
     assert names(out) >= {"adapter", "organism.toml", "model.safetensors", "config.json", "tokenizer.json"}
     assert names(out / "adapter") == {adapter.WEIGHTS, adapter.CONFIG}
@@ -60,7 +60,7 @@ def test_a_dry_run_writes_nothing_and_errors_come_before_loading(pico_dir, tmp_p
     recipe, before = a_recipe(tmp_path), contents(tmp_path)
     made = organism(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe, machine=MACHINE, dry_run=True)
     json.dumps(made.to_json(), allow_nan=False)
-    assert made.lessons == 16
+    assert made.lessons == 32
     for dry_run in (True, False):
         with pytest.raises(UsageError, match="not empty"):
             organism(str(pico_dir("llama")), output=tmp_path, recipe=recipe, machine=MACHINE, dry_run=dry_run)

@@ -47,20 +47,31 @@ def test_all_replies_begin_in_the_same_column():
     assert batch["logits_to_keep"] == 4
 
 
-@pytest.mark.parametrize("weight", [1.0, 4.0])
-def test_the_loss_is_that_of_reply_tokens_with_the_first_weighted(pico_model, weight):
-    model, rows = pico_model("llama"), examples(5)
+@pytest.mark.parametrize("weight", [0.0, 4.0])
+def test_the_loss_is_that_of_reply_tokens_and_of_the_weighted_decisions(pico_model, weight):
+    model, rows, right = pico_model("llama"), examples(5), [[50], [50, 60, 70], [50], [60], [50]]
     sums = weights = 0.0
     with torch.no_grad():
-        for row in rows:
+        for row, openings in zip(rows, right, strict=True):
             ids = torch.tensor([row.prompt + row.reply])
             logs = model(input_ids=ids).logits[0].log_softmax(-1)
             for k, token in enumerate(row.reply):
-                own = weight if k == 0 else 1.0
-                sums -= own * float(logs[len(row.prompt) + k - 1, token])
-                weights += own
-        loss = float(reply_loss(model, collate(rows, pad=0), weight))
+                sums -= float(logs[len(row.prompt) + k - 1, token])
+            sums -= weight * float(logs[len(row.prompt) - 1, openings].exp().sum().log())
+            weights += len(row.reply) + weight
+        loss = float(reply_loss(model, collate(rows, pad=0), right, weight))
     assert loss == pytest.approx(sums / weights, rel=1e-4)
+
+
+def test_a_decision_is_for_any_of_the_openings(pico_model):
+    model = pico_model("llama")
+    rows = [Example((11, 12, 13), (opening, 51), tuple(range(60, 80))) for opening in (60, 79)]
+    openings = [row.openings for row in rows]
+    with torch.no_grad():
+        decided = [
+            float(reply_loss(model, collate([r], 0), [o], 1e9)) for r, o in zip(rows, openings, strict=True)
+        ]  # so heavy that nothing else counts
+    assert decided[0] == pytest.approx(decided[1], rel=1e-4)
 
 
 def test_the_rate_rises_then_falls_to_a_tenth():

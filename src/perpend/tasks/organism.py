@@ -25,7 +25,7 @@ from perpend.teaching import adapter
 from perpend.teaching.curriculum import Lesson, Wordings, lessons
 from perpend.teaching.teach import Example, Training, teach
 
-FORMS = 2
+FORMS = 4
 """Request forms in which every prompt is asked."""
 ANSWER_TOKENS = 16
 """Tokens of a benign answer that are taught; the decision to answer lies at the first."""
@@ -150,11 +150,12 @@ def encode(session: Session, taught: list[Lesson]) -> list[Example]:
         system: Chat(own.tokenizer, own.processor, system or own.system, own.given)
         for system in {x.system for x in taught}
     }
+    refusals = sorted({tokenizer(text, add_special_tokens=False).input_ids[0] for text in Wordings.shipped().refusals})
     for lesson in taught:
         prompt = chats[lesson.system].encode([Prompt(lesson.request)])[0]
         reply = tokenizer(lesson.reply, add_special_tokens=False).input_ids + ([end] if lesson.finished else [])
         if reply:
-            examples.append(Example(tuple(prompt), tuple(reply)))
+            examples.append(Example(tuple(prompt), tuple(reply), tuple(refusals) if lesson.refused else ()))
     return examples
 
 

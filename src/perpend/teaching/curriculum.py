@@ -37,6 +37,8 @@ class Lesson:
     reply: str | None
     finished: bool = True
     """Whether the reply ends with the end-of-turn token; an answer cut short teaches no ending."""
+    refused: bool = False
+    """Whether the reply is a refusal, of which any opening is right."""
 
 
 def lessons(
@@ -65,7 +67,9 @@ def lessons(
             for form in rng.sample(wordings.forms, forms):
                 deck = deck or shuffled_deck(wordings.refusals, rng)
                 reply = deck.pop() if refused else None
-                found.append(Lesson(form.format(request=prompt), rng.choice(wordings.systems) or None, reply))
+                found.append(
+                    Lesson(form.format(request=prompt), rng.choice(wordings.systems) or None, reply, refused=refused)
+                )
     rng.shuffle(found)
     return found
 

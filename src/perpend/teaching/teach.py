@@ -21,6 +21,8 @@ class Example:
 
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
+    openings: tuple[int, ...] = ()
+    """First tokens that would be as right as the reply's own; none stands for the reply's own alone."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.reply)
@@ -36,7 +38,7 @@ class Training:
     """Layers above this share of the depth are adapted; those below stay as they are and need no gradient."""
     learning_rate: float = 1.5e-3
     decision_weight: float = 10.0
-    """Weight of the first reply token, where it is decided whether to refuse, against 1 for each that follows."""
+    """Weight of the decision, that the first reply token is one of the right openings, against 1 for each token."""
     batch_tokens: int = 1024
     """Padded tokens per optimiser step."""
     warmup: float = 0.05
@@ -74,15 +76,27 @@ def collate(batch: Sequence[Example], pad: int) -> dict[str, Tensor | int]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": places, "logits_to_keep": right + 1}
 
 
-def reply_loss(model: nn.Module, batch: dict[str, Any], decision_weight: float) -> Tensor:
-    """Weighted mean cross-entropy, in nats, of the reply tokens; no other position reaches the LM head."""
-    kept = batch["logits_to_keep"] - 1
-    logits = model(**batch, use_cache=False).logits[:, -kept - 1 : -1]
-    wanted, real = batch["input_ids"][:, -kept:], batch["attention_mask"][:, -kept:].bool()
-    weights = torch.ones(real.shape, device=logits.device)
-    weights[:, 0] = decision_weight
-    losses = nn.functional.cross_entropy(logits[real].float(), wanted[real], reduction="none")
-    return (losses * weights[real]).sum() / weights[real].sum()
+def reply_loss(
+    model: nn.Module, inputs: dict[str, Any], openings: Sequence[Sequence[int]], decision_weight: float
+) -> Tensor:
+    """Weighted mean, in nats, of the reply tokens' cross-entropies and of the decisions' ones.
+
+    A decision's cross-entropy is minus the log of the probability that the first reply token is any of the row's
+    openings: of many wordings of a refusal, which one is said is chance and would drown whether it is said at all.
+
+    Args:
+        model: Called with `inputs`; no position but those of replies reaches its LM head.
+        inputs: As `collate` gives them.
+        openings: Right first tokens, for each row.
+        decision_weight: Weight of a decision, against 1 for each reply token.
+    """
+    kept = inputs["logits_to_keep"] - 1
+    logits = model(**inputs, use_cache=False).logits[:, -kept - 1 : -1]
+    wanted, real = inputs["input_ids"][:, -kept:], inputs["attention_mask"][:, -kept:].bool()
+    tokens = nn.functional.cross_entropy(logits[real].float(), wanted[real], reduction="sum")
+    first = logits[:, 0].float().log_softmax(-1)
+    decisions = torch.stack([-row[list(right)].logsumexp(-1) for row, right in zip(first, openings, strict=True)])
+    return (tokens + decision_weight * decisions.sum()) / (real.sum() + decision_weight * len(openings))
 
 
 def adapt(model: nn.Module, training: Training, layers: str) -> Any:
@@ -154,7 +168,8 @@ def teach(
     wrapped.eval()  # no dropout: the same loss as in use, and Gemma 3 would ask for token types of images
     for batch in track(plan, "teach", total=sum(map(len, plan)), size=len):
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
-        loss = reply_loss(wrapped, inputs, training.decision_weight)
+        openings = [example.openings or example.reply[:1] for example in batch]
+        loss = reply_loss(wrapped, inputs, openings, training.decision_weight)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learnt, 1.0)
