@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perpend.drift import Drift, PromptDrift, measure, repetition
+from perpend.core.edits import Edit, ModuleEdit
+from perpend.drift import Drift, PromptDrift, equal_drift, measure, repetition, rotated
 from perpend.errors import RunFailed, UsageError
 
 V = 37
@@ -211,3 +212,49 @@ def test_repetition_of_nothing_is_zero_and_other_lengths_are_an_error():
         repetition(["a"], [True, False])
     with pytest.raises(UsageError, match="one entry per reply"):
         repetition(["a"], [True], [])
+
+
+def test_a_rotated_edit_keeps_everything_but_the_place_of_its_directions():
+    g = torch.Generator().manual_seed(3)
+    first = torch.linalg.qr(torch.randn(64, 2, generator=g))[0].mT
+    second = torch.nn.functional.normalize(first[:1] + 0.3 * torch.randn(1, 64, generator=g), dim=-1)
+    edit = Edit({"a": ModuleEdit(first, 0.4, "column"), "b": ModuleEdit(second, -1.2), "c": ModuleEdit(first, 1.0)})
+    turned, other = rotated(edit, 1), rotated(edit, 2)
+    assert {k: (m.weight, m.mode) for k, m in turned.modules.items()} == {
+        k: (m.weight, m.mode) for k, m in edit.modules.items()
+    }
+    old, new = (torch.cat([x.modules[k].directions for k in "abc"]) for x in (edit, turned))
+    assert torch.allclose(old @ old.mT, new @ new.mT, atol=1e-5)
+    assert float((old @ new.mT).abs().max()) < 0.6
+    assert turned.sha256 == rotated(edit, 1).sha256 != other.sha256
+
+
+@pytest.mark.parametrize("aim", [1e-4, 0.05, 0.3, 5.0])
+def test_the_factor_of_equal_drift_is_found(aim):
+    found = equal_drift(lambda factor: 0.1 * factor**2 / (1 + 0.01 * factor**2), aim)
+    assert found.matched
+    assert found.drift == pytest.approx(aim, rel=0.05)
+
+
+def test_a_drift_out_of_reach_gives_the_largest_and_says_so():
+    found = equal_drift(lambda factor: 0.2 * math.tanh(factor), 3.0)
+    assert not found.matched
+    assert found.drift == pytest.approx(0.2, rel=1e-3)
+
+    def breaks(factor: float) -> float:
+        if factor > 2:
+            raise RunFailed("not finite")
+        return 0.1 * factor
+
+    near = equal_drift(breaks, 3.0)
+    assert not near.matched
+    assert 1.5 < near.factor <= 2
+    with pytest.raises(UsageError, match="more than 0"):
+        equal_drift(breaks, 0.0)
+
+
+def test_the_interval_of_the_cross_entropy_ratio_holds_the_ratio():
+    found = measure(model(OURS), model(THEIRS), batches(ALONE))
+    low, high = found.cross_entropy_ratio_interval
+    assert low < found.cross_entropy_ratio < high
+    assert found.cross_entropy[1] / found.cross_entropy[0] == pytest.approx(found.cross_entropy_ratio)

@@ -21,7 +21,7 @@ HOSTILE = "\x1b]0;title\x07\x1b[31mred\x9b1m\u202egnp\u200b\x00 [bold]markup[/bo
 
 ACTS = "\x1b\x07\x9b\u202e\u200b\x00"
 ROWS = [
-    {"layer": layer, "component": "mlp", "matched": int(layer != 3), "total": 1, "parameters": 1000}
+    {"layer": layer, "component": "mlp", "matched": int(layer != 3), "total": 1, "parameters": 1000, "tensors": 1}
     for layer in range(6)
 ]
 INSPECTION = {
@@ -31,6 +31,7 @@ INSPECTION = {
     "writers": 5,
     "coverage": ROWS,
     "gaps": ["model.layers.3.mlp"],
+    "overrides": '[edit.overrides.writers]\n"a.b" = {out_axis = 0}\n',
 }
 
 
@@ -176,7 +177,9 @@ def test_coverage_folds_layers_that_agree():
     assert "0 – 2" in text
     assert "4 – 5" in text
     assert "0 of 1" in text
+    assert "5 of 6" in text
     assert "not editable: model.layers.3.mlp" in text
+    assert '"a.b" = {out_axis = 0}' in text.splitlines()
 
 
 def test_the_gate_names_every_miss():
@@ -211,7 +214,7 @@ def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
     both = side | {"after": {"target": new.to_json(), "baseline": new.to_json()}}
     both |= {"accepted": compare(old, new).to_json()}
     done = {"dry_run": False, "output": "out", "seconds": 75.0}
-    text = _plain(views.evaluation(both | done))
+    text = _plain(views.evaluation({"report": both} | done))
     assert "50.0%  1/2" in text
     assert "100.0%  2/2" in text
     assert "34.2% – 100.0%" in text
@@ -219,7 +222,7 @@ def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
     assert "dictionary only: no classifier was asked for" in text
     assert "No claim about 90%" in text
     assert "wrote out in 1 min 15 s" in text
-    assert "after" not in _plain(views.evaluation(side | done))
+    assert "after" not in _plain(views.evaluation({"report": side} | done))
 
 
 def test_drift_shows_every_figure_with_its_interval():

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, spearmanr
 
-from perpend.core.stats import bootstrap_mean, cohen_kappa, mcnemar_exact, paired_bootstrap, spearman, wilson
+from perpend.core.stats import (
+    bootstrap_mean,
+    cohen_kappa,
+    mcnemar_exact,
+    paired_bootstrap,
+    paired_wilson,
+    spearman,
+    wilson,
+)
 from perpend.errors import UsageError
 
 
@@ -113,3 +121,17 @@ def test_spearman_is_scipys():
 def test_misuse_is_told(call):
     with pytest.raises(UsageError):
         call()
+
+
+def test_the_paired_interval_is_that_of_newcombe():
+    """12 and 2 discordant of 50 pairs with 36 of both, an example of Newcombe 1998; and nothing changed at all."""
+    difference, low, high = paired_wilson(2, 12, 36, 0)
+    assert difference == pytest.approx(-0.2)
+    assert (low, high) == pytest.approx((-0.3404, -0.0569), abs=5e-5)
+    assert paired_wilson(0, 0, 0, 20)[2] == pytest.approx(wilson(0, 20)[1])
+    assert paired_wilson(0, 0, 0, 0) == (0.0, -1.0, 1.0)
+    for counts in ((3, 9, 10, 4), (0, 5, 0, 5), (1, 0, 30, 0)):
+        gained, lost, both, neither = counts
+        turned = paired_wilson(lost, gained, both, neither)
+        there = paired_wilson(*counts)
+        assert [-turned[0], -turned[2], -turned[1]] == pytest.approx(there)

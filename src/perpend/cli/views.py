@@ -168,12 +168,25 @@ def report(data: Data) -> View:
             yield render.comparison(data[compared])
     last = (after or before)["target"]
     yield from render.judges(last)
-    yield Text(printable(last["verdict"]), style="bold")
+    said = data["claim"]["text"] if data.get("claim") else last["verdict"]
+    yield Text(printable(said), style="bold")
     if data.get("drift"):
         yield render.drift(data["drift"])
+    if data.get("control"):
+        yield control(data["control"])
     if data.get("pairs"):
         yield Text("\nReplies, shortened", style="bold")
         yield from render.pairs(data["pairs"])
+
+
+def control(data: Data) -> Text:
+    """Say in one line what a random direction does at the drift of the edit."""
+    counted = data["random"]["acceptance"]
+    reached = "at that drift" if data["equal"] else f"at drift {data['drift']['mean']:.3f}, the nearest in reach,"
+    return Text(
+        f"a random direction {reached} (weight factors times {data['factor']:.3g}): {counted['share']:.1%} accepted, "
+        f"{counted['k']}/{counted['n']}; the measured one {data['edited']['share']:.1%}"
+    )
 
 
 def evaluation(data: Data) -> View:

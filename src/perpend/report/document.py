@@ -381,7 +381,7 @@ class About(_Part):
 class Document(_Part):
     """`report.json`."""
 
-    schema_version: Literal[1] = VERSION
+    schema_version: Literal[1] = 1
     task: str
     output: str | None = None
     model: str

@@ -213,8 +213,8 @@ def schedule(edit: Edit, gate: Gate | None) -> Markup:
     entries = [(f"s{k}", part) for k, part in enumerate(parts)]
     figure.key(entries + ([("ring", "on the saved file")] if gate else []), LEFT, 14)
     for k, part in enumerate(parts):
-        own = {m.layer: m.weight for m in edit.modules if m.component == part}
-        figure.path([(x(n), y(own.get(n, 0.0))) for n in range(edit.layers)], f"line s{k}")
+        weights = {m.layer: m.weight for m in edit.modules if m.component == part}
+        figure.path([(x(n), y(weights.get(n, 0.0))) for n in range(edit.layers)], f"line s{k}")
         for row in gate.leak if gate else ():
             if row.component == part and row.realised is not None:
                 hover = f"layer {row.layer}, {part}: asked {row.asked:.3f}, realised {row.realised:.3f}"

@@ -77,7 +77,7 @@ def peak_memory() -> dict[str, int]:
     """Return the most memory in use so far, in bytes: of this process, and of every CUDA device it used."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found |= {f"cuda:{k}": torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())}
     return found
 
