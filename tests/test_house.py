@@ -26,6 +26,7 @@ FLOORS = (
     ("models",),
     ("judges", "drift"),
     ("fitting", "teaching"),
+    ("search",),
     ("export",),
     ("report",),
     ("tasks",),

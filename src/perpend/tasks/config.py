@@ -26,6 +26,9 @@ _EXAMPLES: dict[str, Any] = {
     "prompts.chat_template": "template.jinja",
     "prompts.limit": 64,
     "fit.winsorize": 0.995,
+    "search.minutes": 30.0,
+    "search.max_drift": 0.1,
+    "search.min_acceptance": 0.9,
 }
 _HEAD = """\
 # A recipe of Perpend: what is done, and nothing about the machine it is done on.

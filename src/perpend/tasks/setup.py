@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from perpend import __version__
-from perpend.config import ExportSection, Machine, Recipe
+from perpend.config import ExportSection, Machine, Recipe, SearchSection
 from perpend.core.edits import Edit
 from perpend.data import Splits, load_splits
 from perpend.errors import UsageError, nearest
@@ -104,12 +104,12 @@ def versions() -> dict[str, str]:
 
 
 def journal_key(task: str, model: str, recipe: Recipe, machine: Machine, splits: Splits) -> dict[str, Any]:
-    """Return what decides the partial results of a task; what the export must pass does not."""
+    """Return what decides the partial results of a task; the cost of a search and what the export must pass do not."""
     template = recipe.prompts.chat_template
     return {
         "task": task,
         "model": model,
-        "recipe": recipe.model_copy(update={"export": ExportSection()}).hash(),
+        "recipe": recipe.model_copy(update={"export": ExportSection(), "search": SearchSection()}).hash(),
         "prompts": [prompts.fingerprint for prompts in splits.sets()],
         "chat_template": hashlib.sha256(read_template(template).encode()).hexdigest() if template else None,
         "dtype": machine.dtype,
