@@ -84,8 +84,15 @@ def test_wide_steps_are_narrowed_around_the_best(refusing):
     assert found.layer == 6
 
 
-def tried(layer: int, bypass: float, drift: float, in_bounds: bool = True) -> Candidate:
-    return Candidate(layer, bypass, 1.0, drift, in_bounds)
+def tried(layer: int, bypass: float, drift: float, in_bounds: bool = True, induced: float = 1.0) -> Candidate:
+    return Candidate(layer, bypass, induced, drift, in_bounds)
+
+
+def test_a_ruined_model_and_a_direction_that_induces_nothing_do_not_count_as_refusal_taken():
+    good = tried(17, -1.0, 0.09)
+    ruined, idle = tried(23, -9.0, 4.2), tried(5, -9.0, 0.01, induced=-0.1)
+    assert best([ruined, good, idle], -0.1, "thrift") is good
+    assert best([ruined, idle], -0.1, "thrift") is idle  # nothing better was tried
 
 
 def test_thrift_takes_the_most_refusal_per_drift_among_those_that_remove_half():

@@ -9,7 +9,9 @@ ablation is the edit of the writers that Perpend exports rather than one of the 
 
 Two rules choose among the candidates. `published` is the paper's: least refusal left within bounds on depth, drift and
 induced refusal. `thrift`, the default, takes the most refusal removed per drift among those that remove at least half
-of what the best one does: late layers of small models remove more and cost many times as much.
+of what the best one does: late layers of small models remove more and cost many times as much. Candidates that ruin
+the model or whose direction does not induce refusal do not count where another does something: a ruined model finds
+refusals unlikely too.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ DEEPEST = 0.8
 """Published rule: share of the depth beyond which no direction is taken."""
 TRIED = 0.9
 """Share of the depth beyond which no layer is tried by either rule: the unembedding begins there."""
+RUIN = 0.5
+"""Drift, in nats per token, beyond which the default rule calls a model ruined."""
+SOME = 0.1
+"""Refusal taken away, in nats per token, below which no candidate of the default rule is preferred for being sound."""
 NEGLIGIBLE = 0.01
 """Drift, in nats per token, below which two candidates cost the same."""
 
@@ -174,8 +180,10 @@ def best(candidates: Iterable[Candidate], untouched: float, rule: Rule) -> Candi
     found = list(candidates)
     if rule == "published" and any(c.in_bounds for c in found):
         return min((c for c in found if c.in_bounds), key=lambda c: c.bypass)
+    sound = [c for c in found if c.drift <= RUIN and c.induced > 0]
+    found = sound if any(untouched - c.bypass >= SOME for c in sound) else found
     most = max(untouched - c.bypass for c in found)
-    able = [c for c in found if untouched - c.bypass >= most / 2]
+    able = [c for c in found if untouched - c.bypass >= min(most, most / 2)]
     return max(able, key=lambda c: (untouched - c.bypass) / max(c.drift, NEGLIGIBLE))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perpend.config import Machine, Recipe
+from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.drift import Drift
 from perpend.errors import GateFailed, Interrupted
@@ -24,6 +25,10 @@ from perpend.teaching import adapter, shipped
 
 LIMIT = 200
 """Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes."""
+PEAK = 1.5
+"""Weight factor at the peak of the kernels: at 1 this organism still refuses 22 of 48 targets of the select split."""
+CONTROLS = 32
+"""Target prompts that the control answers."""
 ORIGINAL, ORGANISM, EDITED, RESULT = "original", "organism", "edited", "demo.json"
 
 
@@ -120,12 +125,18 @@ def demo(
 
 
 def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
-    """Return the recipe with the shipped classifier in place of one from the hub, and the limit."""
-    own = Recipe().eval.classifier
-    classifier = SMALL if recipe.eval.classifier == own else recipe.eval.classifier
+    """Return the recipe as the demo runs it, where it says nothing else: shipped classifier, stronger kernels, limit."""
+    untold = Recipe()
+    classifier = SMALL if recipe.eval.classifier == untold.eval.classifier else recipe.eval.classifier
+    control = CONTROLS if recipe.eval.control_prompts == untold.eval.control_prompts else recipe.eval.control_prompts
+    edit = recipe.edit
+    if (edit.attention, edit.mlp) == (untold.edit.attention, untold.edit.mlp):
+        kernel = NormalKernel(peak_weight=PEAK)
+        edit = edit.model_copy(update={"attention": kernel, "mlp": kernel})
     return recipe.model_copy(
         update={
-            "eval": recipe.eval.model_copy(update={"classifier": classifier}),
+            "edit": edit,
+            "eval": recipe.eval.model_copy(update={"classifier": classifier, "control_prompts": control}),
             "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
         }
     )
