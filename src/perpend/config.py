@@ -234,13 +234,11 @@ class Machine(_Section):
     """Where tensors go that the files hold in another form than the model (experts stored one by one), while layers are
     offloaded; None for a temporary folder."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load the weights quantised by bitsandbytes, to measure; an export is made from the original files all the same."""
+    """Load the weights quantised by bitsandbytes, to measure; an export is made from the original files."""
     device_map: str = "auto"
     """How several GPUs share a model that one cannot hold: auto, balanced, sequential, or a JSON file of modules."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Processes, started by torchrun, that share every matrix."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates the replies of `perpend eval`."""
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import pico
 from perpend.config import Machine
 from perpend.errors import PerpendError, RunFailed, UsageError
-from perpend.models import load
+from perpend.models import load, places, quantised
 from perpend.models.load import load_model, materialise_gguf
 
 Dirs = Callable[[str], Path]
@@ -173,8 +173,48 @@ def test_code_that_comes_with_a_model_is_not_run(checkpoint: Path, monkeypatch: 
 
 
 def test_weights_larger_than_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "free_memory", lambda device: 1000)
-    assert "GiB are free on cpu" in refused(checkpoint, monkeypatch, device="cpu")
+    for module in (load, places):
+        monkeypatch.setattr(module, "free_memory", lambda device, most=None: 1000)
+    assert "GiB are free on cpu" in refused(checkpoint, monkeypatch, device="cpu", offload="none")
+    assert "two layers" in refused(checkpoint, monkeypatch, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "weights are GPTQ"),
+        ({"quant_method": "awq", "bits": 4}, "weights are AWQ"),
+        ({"quant_method": "compressed-tensors"}, "weights are compressed-tensors"),
+    ],
+)
+def test_what_cannot_be_edited_in_place_is_refused_with_the_way_round(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, said: str
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    (checkpoint / "README.md").write_text("---\nbase_model: org/whole\n---\n")
+    line = refused(checkpoint, monkeypatch)
+    assert said in line
+    assert "perpend fit org/whole" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
+        ({"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "mxfp4"),
+        ({"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"model_type": "llama"}, None),
+    ],
+)
+def test_how_a_checkpoint_is_quantised_is_seen_in_its_configuration(tmp_path: Path, config: dict, method: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert quantised.require_usable(tmp_path, "m", Machine()) == method
+    wide = quantised.settings(Machine(), method, torch.device("cpu"), "m") if method != "bitsandbytes" else None
+    assert (wide is not None and wide.dequantize) == (method in {"fp8", "mxfp4"})
+    if method is not None:
+        with pytest.raises(UsageError, match="already"):
+            quantised.require_usable(tmp_path, "m", Machine(quantization="4bit"))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta2", "cuda:77"])

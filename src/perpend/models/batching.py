@@ -52,6 +52,7 @@ class Budget:
         logits: Positions whose logits are held at once.
         context: Tokens after which the model's positions end, None where it does not say.
         rows: Rows, where the machine section says how many; None for as many as the rest allows.
+        waiting: Padded tokens of all batches together that travel through an offloaded model.
     """
 
     forward: int
@@ -59,6 +60,7 @@ class Budget:
     logits: int
     context: int | None = None
     rows: int | None = None
+    waiting: int = 1 << 20
 
     @classmethod
     def of(cls, model: Any, device: torch.device, machine: Machine) -> Budget:
@@ -70,7 +72,7 @@ class Budget:
         inner = _width(config, "intermediate_size", 4 * hidden)
         vocabulary = _width(config, "vocab_size", 50_000)
         size = torch.finfo(model.dtype).bits // 8 if model.dtype.is_floating_point else 2
-        free = free_memory(device) // 2
+        free = free_memory(device, machine.memory) // 2
         gpu = device.type != "cpu"
         return cls(
             forward=_between(free // ((10 * hidden + 4 * inner) * size), GPU_FORWARD if gpu else CPU_FORWARD),
@@ -78,6 +80,7 @@ class Budget:
             logits=_between(min(free // 3, 2**33 if gpu else 2**29) // (4 * vocabulary), GPU_CACHED),
             context=_width(config, "max_position_embeddings", 0) or None,
             rows=machine.batch_size if isinstance(machine.batch_size, int) else None,
+            waiting=max(256, free // 2 // (12 * hidden * size)),
         )
 
 

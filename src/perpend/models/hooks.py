@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perpend.core.edits import Edit, HookMap, ModuleEdit, edit_bias, edit_weight
 from perpend.core.linear import working
 from perpend.errors import UsageError
+from perpend.models.offload import Shelf, device_of, value_of
 from perpend.models.writers import Writer
 
 Undo = Callable[[], object]
@@ -42,7 +43,8 @@ def prepare(model: nn.Module, writers: Sequence[Writer], edit: Edit) -> list[Ins
         if writer.experts is None or part.mode == "plain":
             steps.append(partial(_hook, module, _map(module, writer, part)))
         else:
-            steps.append(partial(_overwrite, module, writer, part))
+            shelf = getattr(model, "shelf", None) if getattr(module, writer.parameter).is_meta else None
+            steps.append(partial(_overwrite, module, writer, part, shelf))
     return steps
 
 
@@ -61,8 +63,10 @@ def _map(module: nn.Module, writer: Writer, part: ModuleEdit) -> HookMap:
     plain = parameter.is_floating_point()
     if part.mode != "plain" and not plain:
         raise UsageError(f"{part.mode} mode needs plain weights, not quantised ones", where=writer.name)
-    matrix = None if part.mode == "plain" else writer.matrix(parameter.detach())
-    return HookMap.of(matrix, part).to(parameter.device, working(parameter.dtype) if plain else torch.float32)
+    matrix = None if part.mode == "plain" else writer.matrix(value_of(module, writer.parameter))
+    return HookMap.of(matrix, part).to(
+        device_of(module, parameter), working(parameter.dtype) if plain else torch.float32
+    )
 
 
 def _hook(module: nn.Module, made: HookMap) -> Undo:
@@ -84,8 +88,23 @@ def _hook(module: nn.Module, made: HookMap) -> Undo:
 
 
 @torch.no_grad()
-def _overwrite(module: nn.Module, writer: Writer, part: ModuleEdit) -> Undo:
-    """Edit the tensors of fused experts in memory; returns what puts them back."""
+def _overwrite(module: nn.Module, writer: Writer, part: ModuleEdit, shelf: Shelf | None) -> Undo:
+    """Edit the tensors of fused experts in memory, or each time they are read; returns what puts them back."""
+    if shelf is not None:
+        return shelf.change(module, lambda: _edit_experts(module, writer, part))
+    saved = _edit_experts(module, writer, part)
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, old in saved:
+            tensor.copy_(old)
+
+    return restore
+
+
+@torch.no_grad()
+def _edit_experts(module: nn.Module, writer: Writer, part: ModuleEdit) -> list[tuple[Tensor, Tensor]]:
+    """Edit the tensors of fused experts that are in memory; returns them with copies of what they were."""
     weight: Tensor = getattr(module, writer.parameter)
     bias: Tensor | None = getattr(module, writer.bias) if writer.bias else None
     saved = [(tensor, tensor.detach().clone()) for tensor in (weight, bias) if tensor is not None]
@@ -94,10 +113,4 @@ def _overwrite(module: nn.Module, writer: Writer, part: ModuleEdit) -> Undo:
         writer.assign(weight, edit_weight(matrix, part), expert)
         if bias is not None:
             bias[expert].copy_(edit_bias(saved[1][1][expert], part, matrix))
-
-    @torch.no_grad()
-    def restore() -> None:
-        for tensor, old in saved:
-            tensor.copy_(old)
-
-    return restore
+    return saved

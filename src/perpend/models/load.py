@@ -7,12 +7,13 @@ shard's header and size, dtype, memory. What the Hugging Face libraries print on
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
-import warnings
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,15 @@ from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf
 from perpend.models.files import check_files
+from perpend.models.memory import free_memory as free_memory
+from perpend.models.memory import pick_device as pick_device
+from perpend.models.offload import Shelf
+from perpend.models.offload import require_finite as require_finite
+from perpend.models.parallel import World
+from perpend.models.places import READ, Part, Plan, parts, plan
+from perpend.models.quantised import WIDTH, require_usable
+from perpend.models.quantised import settings as quantised_settings
+from perpend.models.quiet import silenced as silenced
 from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
 
@@ -47,6 +57,8 @@ class Loaded:
         source: The files that it came from.
         dtype: Floating type of its parameters.
         ref: The reference that it was loaded by.
+        device: Where it takes its input.
+        shelf: Reads the layers that are not in memory; None when all are.
     """
 
     model: nn.Module
@@ -55,58 +67,8 @@ class Loaded:
     source: Resolved
     dtype: torch.dtype
     ref: ModelRef
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Keep progress bars, warnings and log lines of the Hugging Face libraries off the terminal inside the block."""
-    import transformers.utils.logging
-
-    logging: Any = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bar = reader.tqdm  # of another library than the bars that are switched off here
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    reader.tqdm = lambda steps, **options: steps
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        reader.tqdm = bar
-        if bars:
-            logging.enable_progress_bar()
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device that `name` stands for; `auto` takes a GPU where there is one.
-
-    Raises:
-        UsageError: no such device on this machine.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device '{name}' cannot be used: {reason}", valid="auto, cpu, cuda, cuda:N, mps") from None
-    return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shelf: Shelf | None = None
 
 
 def load_model(
@@ -132,8 +94,10 @@ def load_model(
     machine = machine or Machine()
     ref = ref if isinstance(ref, ModelRef) else ModelRef.parse(str(ref))
     source, where = ref.resolve(), str(ref)
+    World.of(machine)  # before the device is picked: each process has its own
     device = pick_device(machine.device)
     size = check_files(source, where)
+    stored = None if source.gguf_file else require_usable(source.path, where, machine)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with silenced(), gguf.read_once():
@@ -149,13 +113,20 @@ def load_model(
             else _attempt(where, hf.AutoTokenizer.from_pretrained, source.path, **common)
         )
         tokenizer.padding_side = "left"
-        places = _placement(device, machine, size, where)
+        quantised = quantised_settings(machine, stored, device, where)
+        width = WIDTH.get(machine.quantization) or _width(dtype, config)
+        placed = _placement(config, source, device, machine, size, width, where)
         if source.gguf_file:
-            common["quantization_config"] = hf.GgufConfig(dequantize=True)
+            quantised = hf.GgufConfig(dequantize=True)
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
-        options = {"dtype": dtype, "device_map": places, "output_loading_info": True, **common}
+        options = {"dtype": dtype, "output_loading_info": True, **common}
+        options |= {"quantization_config": quantised} if quantised is not None else {}
         options |= {"config": config} if source.gguf_file else {}
-        model, report = _attempt(where, auto.from_pretrained, source.path, **options)
+        if machine.tensor_parallel > 1:
+            options |= {"distributed_config": _distributed(machine)}
+        else:
+            options |= {"device_map": placed.map}
+        model, report = _loaded(where, auto, source, machine, placed, options)
     _refuse_float16(config, model.dtype, where)  # a configuration need not say its dtype
     missing = sorted(report["missing_keys"])
     if missing:
@@ -165,12 +136,65 @@ def load_model(
     require_finite(model, where)
     if source.gguf_file:
         gguf.complete_generation(model.generation_config, facts, tokenizer)
-    return Loaded(model.eval().requires_grad_(False), tokenizer, processor, source, model.dtype, ref)
+    model.eval().requires_grad_(False)
+    at, shelf = _device(model, device), _shelf(model, device)
+    return Loaded(model, tokenizer, processor, source, model.dtype, ref, at, shelf)
+
+
+def _width(dtype: torch.dtype | str, config: Any) -> int:
+    """Return the bytes of a parameter."""
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    found = own if dtype == "auto" else dtype
+    return found.itemsize if isinstance(found, torch.dtype) else 4
+
+
+def _distributed(machine: Machine) -> Any:
+    """Return how transformers shares every matrix among the processes, by the plan of the model's own family."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    return DistributedConfig(tp_size=machine.tensor_parallel)
+
+
+def _loaded(
+    where: str, auto: Any, source: Resolved, machine: Machine, placed: Plan, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Load the model; offloaded tensors that cannot be read in place are written to a folder that goes with it."""
+    if not placed.read:
+        model, report = _attempt(where, auto.from_pretrained, source.path, **options)
+        return model, report
+    folder = tempfile.mkdtemp(prefix="perpend-", dir=machine.offload_folder)
+    try:
+        options = {**options, "offload_folder": folder}
+        model, report = _attempt(where, auto.from_pretrained, source.path, **options)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    copied = sum(path.stat().st_size for path in Path(folder).iterdir())
+    if copied:
+        note(f"{where}: {copied / 2**30:.1f} GiB of experts are kept in {folder} in the form the model has them")
+    weakref.finalize(model, shutil.rmtree, folder, True)
+    return model, report
+
+
+def _device(model: Any, device: torch.device) -> torch.device:
+    """Return where a model takes its input."""
+    own: Tensor = model.get_input_embeddings().weight
+    return device if own.is_meta else own.device
+
+
+def _shelf(model: Any, device: torch.device) -> Shelf | None:
+    """Return what reads the layers that accelerate has offloaded; None when all are in memory."""
+    found: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    away = any(place == READ or (place == "cpu" and device.type != "cpu") for place in found.values())
+    model.shelf = Shelf(model, found, device) if away else None
+    return cast("Shelf | None", model.shelf)
 
 
 def _sees(config: Any, source: Resolved) -> bool:
     """Whether a model is loaded with its vision tower."""
-    return getattr(config, "vision_config", None) is not None and not source.gguf_file and config.model_type not in BLIND
+    return (
+        getattr(config, "vision_config", None) is not None and not source.gguf_file and config.model_type not in BLIND
+    )
 
 
 def _processor(where: str, source: Resolved, options: dict[str, Any]) -> Any | None:
@@ -234,32 +258,26 @@ def _refuse_float16(config: Any, dtype: Any, where: str) -> None:
         raise UsageError(f"float16 cannot hold this model: {reason}", where=where, hint="--dtype bfloat16")
 
 
-def _placement(device: torch.device, machine: Machine, size: int, where: str) -> Any:
-    """Return the device map: one device, or all GPUs where the device is auto and one cannot hold the weights.
+def _placement(
+    config: Any, source: Resolved, device: torch.device, machine: Machine, size: int, width: float, where: str
+) -> Plan:
+    """Say where the parts of a model go; its skeleton is only made where one device may not do.
 
     Raises:
-        UsageError: the weights are larger than the memory that is free.
+        UsageError: the weights are larger than the memory that is free, and may not be offloaded.
     """
-    if device.type == "mps" or size <= free_memory(device):
-        return {"": device}
-    if machine.device == "auto" and torch.cuda.device_count() > 1:
-        return "auto"
-    have = f"{free_memory(device) / 2**30:.1f} GiB are free on {device}"
-    raise UsageError(f"the weights take {size / 2**30:.1f} GiB and {have}", where=where)
-
-
-@torch.no_grad()
-def require_finite(model: nn.Module, where: str) -> None:
-    """Check all parameters.
-
-    Raises:
-        RunFailed: names the first parameter that holds NaN or infinity.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.numel() and parameter.element_size() > 1:
-            low, high = torch.aminmax(parameter)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise RunFailed(f"{name} holds NaN or infinity", where=where)
+    whole = [Part("", size, "rest")]
+    fits = device.type == "mps" or size <= free_memory(device, machine.memory)
+    if machine.offload == "none" or source.gguf_file or (fits and machine.offload == "auto"):
+        offload = machine.model_copy(update={"offload": "none"})
+        return plan(whole, device, offload, where)
+    if machine.quantization != "none":
+        raise UsageError(
+            "layers that are read when they are needed cannot be quantised on the way",
+            where=where,
+            valid="--offload none",
+        )
+    return plan(parts(_meta(config, source, where), width), device, machine, where)
 
 
 def materialise_gguf(
@@ -387,6 +405,9 @@ def generation(model: Any, **settings: Any) -> Iterator[Any]:
 
 def release(model: nn.Module) -> None:
     """Give back the memory of a model's weights; it is of no use afterwards."""
+    shelf = getattr(model, "shelf", None)
+    if shelf is not None:
+        shelf.close()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -407,8 +428,16 @@ def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -
     hf: Any = transformers
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with silenced(), gguf.read_once(), torch.device("meta"):
+    with silenced(), gguf.read_once():
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
+        return _meta(config, source, where, trust_remote_code)
+
+
+def _meta(config: Any, source: Resolved, where: str, trust_remote_code: bool = False) -> nn.Module:
+    import transformers
+
+    hf: Any = transformers
+    with torch.device("meta"):
         auto = hf.AutoModelForImageTextToText if _sees(config, source) else hf.AutoModelForCausalLM
         model: nn.Module = _attempt(where, auto.from_config, config, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)

@@ -7,7 +7,6 @@ as many as a budget of padded tokens allows; a batch that does not fit into memo
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -22,16 +21,18 @@ from torch import Tensor, nn
 from perpend.config import Machine
 from perpend.core.edits import Edit
 from perpend.data import Prompt
-from perpend.errors import RunFailed, UsageError
+from perpend.errors import UsageError
 from perpend.models import load
 from perpend.models.anatomy import Anatomy
-from perpend.models.batching import Batch, Budget, out_of_memory, plan
+from perpend.models.batching import Batch, Budget, plan
 from perpend.models.chat import Chat, Message, read_template
 from perpend.models.hooks import Install, in_place, prepare
 from perpend.models.load import Loaded
+from perpend.models.parallel import World
 from perpend.models.replies import Reply, ReplyLog, Sampling
+from perpend.models.runner import every
 from perpend.models.sequence import residual
-from perpend.progress import note, track
+from perpend.progress import track
 
 __all__ = ["Batch", "Reply", "ReplyLog", "Sampling", "Session"]
 
@@ -69,8 +70,8 @@ class Session:
         self.model = cast(Any, loaded.model)
         template = read_template(chat_template) if chat_template is not None else None
         self.chat = Chat(loaded.tokenizer, loaded.processor, system, template)
-        embedding: Tensor = self.model.get_input_embeddings().weight
-        self.device = embedding.device
+        self.device, self.shelf = loaded.device, loaded.shelf
+        self.world = World.of(self.machine)
         self.budget = Budget.of(self.model, self.device, self.machine)
         self._overrides = overrides
         self._edited = False
@@ -142,20 +143,29 @@ class Session:
         self, prompts: list[Prompt], ids: list[list[int]], position: int
     ) -> Iterator[tuple[range, list[int], Tensor]]:
         """Yield a window, some of its rows and their residuals, window after window."""
+        _ = self.anatomy  # found before batches travel together: finding it runs the model
         for first in range(0, len(ids), WINDOW):
             window = range(first, min(first + WINDOW, len(ids)))
             seen = [prompts[k].image is not None for k in window]
             groups = plan([len(ids[k]) for k in window], self.budget.forward, self.budget.rows, apart=seen)
             whole = [[window[k] for k in group] for group in groups]
-            for rows, residuals in self._run(whole, lambda rows: self._residuals(rows, prompts, ids, position)):
+            steps = self._run(
+                whole,
+                lambda rows: self._residuals(rows, prompts, ids, position),
+                lambda rows: len(rows) * max(len(ids[k]) for k in rows),
+                self.budget.waiting,
+            )
+            for rows, residuals in steps:
                 yield window, rows, residuals
 
     def _residuals(self, rows: list[int], prompts: list[Prompt], ids: list[list[int]], position: int) -> Tensor:
         kept: dict[int, Tensor] = {}
+        me = threading.get_ident()  # batches that go through an offloaded model together share its layers
 
         def keeper(layer: int) -> Callable[..., None]:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
-                kept[layer] = residual(self.model, output)[:, position].to(torch.float32, copy=True)
+                if threading.get_ident() == me:
+                    kept[layer] = residual(self.model, output)[:, position].to(torch.float32, copy=True)
 
             return keep
 
@@ -184,31 +194,11 @@ class Session:
             encoded = self.chat.pack([ids[r] for r in rows], tails)
         return {key: value.to(self.device) for key, value in encoded.inputs.items()}, encoded.start
 
-    def _run(self, groups: Sequence[list[int]], work: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
-        """Yield each group with what `work` makes of it; a group that does not fit into memory is halved."""
-        pending = list(groups)[::-1]
-        while pending:
-            group = pending.pop()
-            result = self._fits(group, work)
-            if result is not None:
-                yield group, result[0]
-                continue
-            half = len(group) // 2
-            pending += [group[half:], group[:half]]
-
-    def _fits(self, group: list[int], work: Callable[[list[int]], T]) -> tuple[T] | None:
-        try:
-            return (work(group),)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        if len(group) == 1:
-            raise RunFailed("out of memory on a single prompt", hint="shorter replies or a smaller dtype")
-        note(f"out of memory with {len(group)} rows: going on with {len(group) // 2}")
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+    def _run(
+        self, groups: Sequence[list[int]], work: Callable[[list[int]], T], tokens: Callable[[list[int]], int], most: int
+    ) -> Iterator[tuple[list[int], T]]:
+        """Yield each group with what `work` makes of it."""
+        return every(groups, work, shelf=self.shelf, world=self.world, tokens=tokens, most=most)
 
     # ---------------------------------------------------------------------------------------------------- edits
 
@@ -286,16 +276,24 @@ class Session:
         store = {} if store is None else store
         known = {k: store[p.id] for k, p in enumerate(prompts) if p.id in store}
         seen = [p.image is not None for p in prompts]
-        groups = plan([len(i) + max_new_tokens for i in ids], self.budget.cached, self.budget.rows, apart=seen)
+        lengths = [len(i) + max_new_tokens for i in ids]
+        most = self.budget.cached if self.shelf is None else self.budget.forward
+        groups = plan(lengths, most, self.budget.rows, apart=seen)
         missing = [group for group in groups if not all(k in known for k in group)]
         made: dict[int, Reply] = {}
         settings = self._settings(max_new_tokens, sampling)
-        work = self._run(missing, lambda group: self._replies(group, prompts, ids, settings, sampling))
-        for group, replies in track(work, "generate", total=sum(map(len, missing)), size=lambda item: len(item[0])):
-            for k, reply in zip(group, replies, strict=True):
-                made[k] = known.get(k, reply)
-                if k not in known:
-                    store[prompts[k].id] = reply
+        with load.generation(self.model, **settings) as config:
+            work = self._run(
+                missing,
+                lambda group: self._replies(group, prompts, ids, config, sampling),
+                lambda group: len(group) * max(lengths[k] for k in group),
+                self.budget.cached,
+            )
+            for group, replies in track(work, "generate", total=sum(map(len, missing)), size=lambda item: len(item[0])):
+                for k, reply in zip(group, replies, strict=True):
+                    made[k] = known.get(k, reply)
+                    if k not in known:
+                        store[prompts[k].id] = reply
         return [known[k] if k in known else made[k] for k in range(len(prompts))]
 
     def _settings(self, max_new_tokens: int, sampling: Sampling | None) -> dict[str, Any]:
@@ -311,15 +309,15 @@ class Session:
         group: list[int],
         prompts: list[Prompt],
         ids: list[list[int]],
-        settings: dict[str, Any],
+        config: Any,
         sampling: Sampling | None,
     ) -> list[Reply]:
         inputs, start = self._inputs(group, prompts, ids)
-        with load.generation(self.model, **settings) as config, self._seeded(sampling, [prompts[k].id for k in group]):
+        with self._seeded(sampling, [prompts[k].id for k in group]):
             rows = self.model.generate(**inputs, generation_config=config)[:, start:].tolist()
         replies: list[Reply] = []
         for row in rows:
-            end = next((k for k, token in enumerate(row) if token in settings["eos_token_id"]), None)
+            end = next((k for k, token in enumerate(row) if token in config.eos_token_id), None)
             tokens = row if end is None else row[: end + 1]
             replies.append(Reply(self.chat.decode(tokens), tuple(tokens), end is not None))
         return replies
@@ -431,9 +429,20 @@ class Session:
             `[n_i]` float32 in nats on the CPU for each prompt, in order.
         """
         found = [torch.empty(0) for _ in prompts]
-        for batch in self.batches(prompts, continuations):
+        batches = list(self.batches(prompts, continuations))
+
+        def work(group: list[int]) -> Tensor:
+            batch = batches[group[0]]
             logits = self.logits(batch)
-            scores = logits.gather(-1, batch.tokens[..., None])[..., 0] - logits.logsumexp(-1)
-            for k, row, mask in zip(batch.index, scores.cpu(), batch.mask.cpu(), strict=True):
+            return (logits.gather(-1, batch.tokens[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
+
+        steps = self._run(
+            [[k] for k in range(len(batches))],
+            work,
+            lambda group: batches[group[0]].inputs["input_ids"].numel(),
+            self.budget.waiting,
+        )
+        for (at,), scores in steps:
+            for k, row, mask in zip(batches[at].index, scores, batches[at].mask.cpu(), strict=True):
                 found[k] = row[mask]
         return found

@@ -1,0 +1,37 @@
+"""What other libraries have to say while they load and generate, kept off the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import logging as std_logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep progress bars, warnings and log lines of the Hugging Face libraries off the terminal inside the block."""
+    import transformers.utils.logging
+
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = reader.tqdm  # of another library than the bars that are switched off here
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    placing = std_logging.getLogger("accelerate")
+    placing_level = placing.level
+    placing.setLevel(std_logging.CRITICAL)
+    reader.tqdm = lambda steps, **options: steps
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        reader.tqdm = bar
+        placing.setLevel(placing_level)
+        if bars:
+            logging.enable_progress_bar()
