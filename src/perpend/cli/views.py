@@ -60,6 +60,10 @@ def forecast(data: Data) -> dict[str, str | None]:
         "reads": size("reads"),
         "writes": f"{size('writes')}, {size('disk_free')} free",
         "memory for the weights": f"{size('memory')}, {size('memory_free')} free",
+        "peak memory": None if data.get("peak_memory") is None else size("peak_memory"),
+        "read when needed": f"{size('read_when_needed')} in {data['passes']} passes, {size('bytes_read')} in all"
+        if data.get("read_when_needed")
+        else None,
         "edits": None
         if data["edited_modules"] is None
         else f"{data['edited_modules']} modules" + (f", {render.count(edited)} parameters" if edited else ""),

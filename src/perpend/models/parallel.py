@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from perpend.config import Machine
-from perpend.errors import PerpendError, RunFailed, UsageError
+from perpend.errors import RunFailed, UsageError
 
 T = TypeVar("T")
 
@@ -126,12 +126,12 @@ def require_single(task: str) -> None:
 
 
 @contextmanager
-def shared(out: Path | None) -> Iterator[Path | None]:
+def shared(out: Path) -> Iterator[Path]:
     """Give the output to the first process, and to every other a path in a folder that is removed afterwards.
 
     Partial results of an interrupted task that lie beside the output are given to all, so that all go on from there.
     """
-    if out is None or size() == 1:
+    if size() == 1:
         yield out
         return
     join()
@@ -154,8 +154,3 @@ def shared(out: Path | None) -> Iterator[Path | None]:
 
 def _packed(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
-
-
-def is_told(error: BaseException) -> bool:
-    """Whether the first process says the same, so that this one need not."""
-    return rank() > 0 and isinstance(error, PerpendError)

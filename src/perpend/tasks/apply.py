@@ -19,6 +19,7 @@ from perpend.export.card import CardFacts, write_card
 from perpend.export.shards import ExportResult, bake
 from perpend.judges.panel import Panel
 from perpend.models.load import save_gguf
+from perpend.models.parallel import require_single
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
@@ -161,6 +162,7 @@ def apply(
             that is there.
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
+    require_single("apply")
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     require_free(output)
     require_no_partial(output)

@@ -12,6 +12,7 @@ from typing import Any
 from perpend.config import Machine, Recipe
 from perpend.drift import Drift
 from perpend.judges.panel import Comparison
+from perpend.models.parallel import shared
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -147,9 +148,9 @@ def eval(
     if out is None:
         return work(lambda name: {})
     key = journal_key("eval", model, recipe, machine, splits) | {"edit": chosen.sha256 if chosen else None}
-    with journal(out, key, "the same command again") as kept:
+    with shared(out) as place, journal(place, key, "the same command again") as kept:
         made = work(kept.replies)
-        with appearing(out) as folder:
+        with appearing(place) as folder:
             for name, measured in (("before", made.before), ("after", made.after)):
                 if measured is not None:
                     (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.fitting.fit import Fitted, fit_edit
+from perpend.models.parallel import shared
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -90,13 +91,14 @@ def fit(
     made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
     if dry_run:
         return replace(made, forecast=forecast(model, recipe, machine, splits=splits, output=output, fits=True))
-    with journal(output, journal_key("fit", model, recipe, machine, splits), "the same command again") as kept:
+    key = journal_key("fit", model, recipe, machine, splits)
+    with shared(output) as place, journal(place, key, "the same command again") as kept:
         session = open_session(model, recipe, machine)
         fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
         facts = about("fit", session, recipe, machine) | {"peak_memory": peak_memory()}
         took = round(time.monotonic() - started, 1)
         made = replace(made, fitted=fitted, about=facts, edit=edit_facts(fitted.edit, session.anatomy), seconds=took)
-        with appearing(output) as folder:
+        with appearing(place) as folder:
             fitted.directions.save(folder / DIRECTIONS)
             fitted.edit.save(folder / EDIT)
             write_recipe(folder, pinned(recipe, session.loaded), fitted.edit)

@@ -14,15 +14,20 @@ from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
-from perpend.export.checkpoint import files
+from perpend.export.checkpoint import files, read_range
 from perpend.fitting.behaviour import TOKENS
 from perpend.fitting.plan import weight_factors
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import free_memory, pick_device, skeleton
+from perpend.models.places import ROOM, Plan, parts, plan
+from perpend.models.quantised import WIDTH
+from perpend.progress import note
 from perpend.refs import ModelRef
 
 PROMPT_TOKENS = 64
 """Assumed length of an encoded prompt: no tokenizer is loaded for a forecast."""
+LAYERS_TRIED, PASSES_PER_LAYER = 14, 6
+"""Candidates of `fit.layer = "auto"`, and how often each runs the model: likelihoods, and drift batch by batch."""
 SLOWER = {"cpu": 4.0, "cuda": 8.0, "mps": 6.0}
 """How many times slower than one large matrix product the whole is taken to be, generation included."""
 
@@ -48,7 +53,16 @@ class Forecast:
     new_tokens: int
     """Tokens generated at most."""
     seconds: float | None
-    """Rough: two operations per parameter and token at the speed of a matrix product timed just now, slowed down."""
+    """Rough: two operations per parameter and token at the speed of a matrix product timed just now, slowed down, and
+    what is read at the speed of a part of the files read just now."""
+    read_when_needed: int = 0
+    """Bytes of layers that do not fit into memory, read once in every pass."""
+    passes: int = 0
+    """Passes over them."""
+    bytes_read: int | None = None
+    """Bytes read altogether: the files once, or their layers in every pass, and what an export compares."""
+    peak_memory: int | None = None
+    """Weights that are kept, two of the largest layers where layers are read, and room for what is computed."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -90,19 +104,29 @@ def forecast(
     width = 4 if machine.dtype == "float32" else 2
     memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not size else size
     modules, edited = _edited(bare, recipe, edit)
+    placed = _placed(bare, memory, machine, device, model)
+    times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
+    read = None if size is None or placed is None else (placed.read * times or size) + (4 * size if bakes else 0)
+    slow = 0.0 if read is None else read / _rate(ref)
     where = next(p for p in (output or Path()).absolute().parents if p.exists())
     return Forecast(
         reads=size,
         writes=(size or 0) if bakes else 1 << 20,
         disk_free=shutil.disk_usage(where).free,
         memory=memory,
-        memory_free=free_memory(device),
+        memory_free=free_memory(device, machine.memory),
         parameters=parameters,
         edited_modules=modules,
         edited_parameters=edited,
         prompts=passes,
         new_tokens=tokens,
-        seconds=None if parameters is None else _seconds(parameters, passes * PROMPT_TOKENS + tokens, device),
+        seconds=None
+        if parameters is None
+        else round(_seconds(parameters, passes * PROMPT_TOKENS + tokens, device) + slow, 1),
+        read_when_needed=placed.read if placed else 0,
+        passes=times,
+        bytes_read=read,
+        peak_memory=None if placed is None else placed.kept + 2 * placed.unit + ROOM,
     )
 
 
@@ -118,6 +142,38 @@ def _bare(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, int | 
     if source.gguf_file:
         return model, 2 * sum(p.numel() for p in model.parameters())
     return model, sum(path.stat().st_size for path in files(source.path))
+
+
+def _placed(
+    bare: torch.nn.Module | None, memory: int | None, machine: Machine, device: torch.device, where: str
+) -> Plan | None:
+    """Return where the parts of the model would go; None for one that is not here, or that would be refused."""
+    if bare is None or memory is None:
+        return None
+    width = memory / max(1, sum(p.numel() for p in bare.parameters()))
+    try:
+        return plan(parts(bare, WIDTH.get(machine.quantization, width)), device, machine, where)
+    except UsageError as error:
+        note(f"would be refused: {error.what}")
+        return None
+
+
+def _passes(recipe: Recipe, fits: bool, measures: int, bakes: bool) -> int:
+    """Return how often every layer is read: all prompts of a set travel together, and replies token by token."""
+    found = 2  # to find the layers and their writers
+    if fits:
+        found += 4 + TOKENS * (recipe.fit.filter + (recipe.fit.layer == "auto"))
+    if fits and recipe.fit.layer == "auto":
+        found += LAYERS_TRIED * PASSES_PER_LAYER
+    return found + (measures + 2 * bakes) * recipe.eval.max_new_tokens + 2 * bakes + 2 * (measures > 1)
+
+
+def _rate(ref: ModelRef) -> float:
+    """Return the bytes per second at which a part of the model's files is read now."""
+    path = max(files(ref.resolve(fetch=False).path), key=lambda p: p.stat().st_size)
+    began, size = time.perf_counter(), min(path.stat().st_size, 64 << 20)
+    read_range(path, path.stat().st_size - size, path.stat().st_size)
+    return max(1.0, size / max(1e-6, time.perf_counter() - began))
 
 
 def _work(recipe: Recipe, splits: Splits, fits: bool, measures: int, bakes: bool) -> tuple[int, int]:

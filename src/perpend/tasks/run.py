@@ -14,6 +14,7 @@ from perpend.export.card import CardFacts
 from perpend.export.shards import ExportResult
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.judges.panel import Panel
+from perpend.models.parallel import require_single
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
@@ -121,6 +122,7 @@ def run(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
         Interrupted: Ctrl-C.
     """
+    require_single("run")
     output, machine = Path(output), machine or Machine()
     recipe, said, clock = (recipe or Recipe()).for_model(model), tell or (lambda name, data: None), Clock()
     require_free(output)

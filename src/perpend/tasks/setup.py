@@ -113,6 +113,7 @@ def journal_key(task: str, model: str, recipe: Recipe, machine: Machine, splits:
         "prompts": [prompts.fingerprint for prompts in splits.sets()],
         "chat_template": hashlib.sha256(read_template(template).encode()).hexdigest() if template else None,
         "dtype": machine.dtype,
+        **({"quantization": machine.quantization} if machine.quantization != "none" else {}),
         "batch_size": machine.batch_size,
         **versions(),
     }
