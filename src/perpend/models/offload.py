@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -65,9 +67,12 @@ class Place:
         """
         first, last = rows or (0, self.shape[0] if self.shape else 1)
         shape = (last - first, *self.shape[1:]) if self.shape else ()
-        tensor = torch.empty(shape, dtype=self.dtype)
-        width = tensor[:1].nbytes if tensor.dim() else 0
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        size = math.prod(shape) * self.dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=self.dtype)
+        memory = mmap(-1, size)  # goes back to the system at once, which what malloc gives need not
+        tensor = torch.frombuffer(memory, dtype=self.dtype).view(shape)
+        width, view = size // max(1, last - first), memoryview(memory)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.begin + first * width)
