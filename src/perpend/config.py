@@ -26,6 +26,8 @@ S = TypeVar("S", bound=BaseModel)
 
 Strategy = Literal["accumulate", "iterative"]
 Rule = Literal["thrift", "published"]
+Rounding = Literal["auto", "nearest", "q4_0", "q8_0"]
+GgufType = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "bf16", "f16", "f32"]
 
 METHODS: dict[str, str] = {
     "mean": "difference of the mean residual of target and baseline prompts",
@@ -142,6 +144,13 @@ class ExportSection(_Section):
     """Keep an output of which a module misses its weight factor by more than 0.05."""
     gate_prompts: int = Field(default=16, ge=0)
     """Prompts of each class on which the reloaded export is measured again."""
+    reversible: bool = False
+    """Keep in `original.undo` what restores the original bit for bit: a few per cent of the edited matrices."""
+    rounding: Rounding = "auto"
+    """How edited matrices are rounded: auto keeps the edit where the file's own type is a lattice (GGUF) and rounds to
+    the nearest elsewhere; nearest; q4_0, q8_0: so that the edit survives a later plain pass of that type."""
+    gguf_type: GgufType = "q8_0"
+    """Type in which an edited tensor of a GGUF file is stored where its own cannot be written."""
 
 
 class SearchSection(_Section):

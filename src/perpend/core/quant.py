@@ -68,6 +68,36 @@ class Grid:
         return self.base + self.step * codes
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What rounding to a lattice cost, over any number of matrices.
+
+    Attributes:
+        own: ‖Q - T‖², summed, for the exact edited T and what was saved, Q.
+        plain: The same for a plain pass.
+        whole: ‖T‖², summed.
+    """
+
+    own: float = 0.0
+    plain: float = 0.0
+    whole: float = 0.0
+
+    @classmethod
+    def of(cls, target: Tensor, rounded: Tensor, kind: str) -> Cost:
+        """Measure one matrix `[..., d_in]`, any float dtypes."""
+        exact = double(target)
+        found = (double(rounded) - exact, double(simulate(target, kind)) - exact, exact)
+        return cls(*(float(x.square().sum()) for x in found))
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.own + other.own, self.plain + other.plain, self.whole + other.whole)
+
+    def to_json(self) -> dict[str, float]:
+        """Return both errors relative to the size of the exact edit: RMS error over RMS weight."""
+        size = self.whole or 1.0
+        return {"error": (self.own / size) ** 0.5, "plain_error": (self.plain / size) ** 0.5}
+
+
 def require_groups(weight: Tensor, name: str = "") -> None:
     """Refuse a matrix whose rows cannot be cut into groups.
 

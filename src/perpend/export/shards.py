@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from mmap import mmap
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from perpend.core.edits import Edit
 from perpend.core.maps import ModuleEdit, edit_bias, edit_weight
+from perpend.core.quant import GROUP, RANGES, Cost, preserve
 from perpend.errors import RunFailed, UsageError, nearest
 from perpend.export.checkpoint import INDEX, Checkpoint, TensorEntry, files, read_header, read_into, read_range
 from perpend.export.names import Locator, TensorSlice, overlapping
@@ -72,6 +73,8 @@ class ExportResult:
         edited: Names of the tensors that were overwritten, wholly or in part.
         changed: Files that hold them.
         left_out: Files of the source that were not copied, with the reason.
+        rounding: Of an export that keeps its edit on a lattice: the type, and the RMS error of the edited matrices
+            relative to their size, ours and that of a plain pass.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class ExportResult:
     edited: tuple[str, ...]
     changed: tuple[str, ...]
     left_out: dict[str, str]
+    rounding: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -94,11 +98,13 @@ class Patch:
         piece: Where.
         edit: What to do there.
         matrix: For a bias, the matrix that it belongs to; None when `piece` is a matrix.
+        lattice: Type whose plain pass the edit must survive; empty for the nearest value.
     """
 
     piece: TensorSlice
     edit: ModuleEdit
     matrix: TensorSlice | None = None
+    lattice: str = ""
 
 
 def bake(
@@ -108,6 +114,7 @@ def bake(
     out: Path,
     model: nn.Module,
     *,
+    rounding: str = "auto",
     check: Callable[[Path, ExportResult], None] | None = None,
 ) -> ExportResult:
     """Write the edited checkpoint to `out`, which appears whole or not at all.
@@ -118,6 +125,7 @@ def bake(
         anatomy: Writers of the loaded model.
         out: Folder to make; may exist if empty. The work is done in `out.partial`.
         model: The loaded model, by whose values the tensors of the files are recognised; it is not changed.
+        rounding: q4_0 or q8_0 for matrices whose edit survives a later plain pass of that type; else the nearest value.
         check: Called with `out.partial` and the result when all bytes are there and before it is renamed; gates, reload
             tests and the card belong here. What it raises leaves `out.partial` for inspection.
 
@@ -132,29 +140,33 @@ def bake(
     source, out = Path(source), Path(out).expanduser().resolve()
     _refuse_output(source.resolve(), out)
     checkpoint = Checkpoint(source)
-    patches = plan(checkpoint, edit, anatomy, model)
+    patches = plan(checkpoint, edit, anatomy, model, lattice=rounding if rounding in RANGES else "")
     copies, left_out = choose_files(checkpoint, patches)
     sizes = {name: (source / name).stat().st_size for name in copies}
     total = sum(sizes.values())
     edited = tuple(sorted({patch.piece.entry.name for patch in patches}))
     changed = tuple(sorted({patch.piece.entry.shard for patch in patches}))
     result = ExportResult(out, len(copies), total, edited, changed, left_out)
+    cost = [Cost()]
     with staged(out, total) as folder:
         try:
-            for _ in track(_write(checkpoint, folder, copies, patches), "export", total=total, size=int):
+            for _ in track(_write(checkpoint, folder, copies, patches, cost), "export", total=total, size=int):
                 pass
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror}; what is there is kept", where=str(folder)) from error
+        if rounding in RANGES:
+            result = replace(result, rounding={"type": rounding, **sum(cost, Cost()).to_json()})
         if check:
             check(folder, result)
     return result
 
 
-def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module) -> list[Patch]:
+def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module, *, lattice: str = "") -> list[Patch]:
     """Return the byte ranges that an edit overwrites, sorted by file and place; reads only samples.
 
     Raises:
-        UsageError: quantised weights, an unknown writer, a writer that is not in the files, or a shared matrix.
+        UsageError: quantised weights, an unknown writer, a writer that is not in the files, a shared matrix, or for a
+            lattice one whose rows it cannot hold.
     """
     method = checkpoint.quantisation()
     if method:
@@ -172,7 +184,11 @@ def plan(checkpoint: Checkpoint, edit: Edit, anatomy: Anatomy, model: nn.Module)
         if change.weight == 0:
             continue
         matrices = locator.matrices(writers[name])
-        patches += [Patch(piece, change) for piece in matrices]
+        for piece in matrices if lattice else ():
+            length = piece.shape[0 if piece.transposed else 1]
+            if length % GROUP:
+                raise UsageError(f"{lattice} cannot hold rows of {length}", where=name, valid=f"multiples of {GROUP}")
+        patches += [Patch(piece, change, lattice=lattice) for piece in matrices]
         patches += [
             Patch(piece, change, own) for piece, own in zip(locator.biases(writers[name]), matrices, strict=False)
         ]
@@ -306,8 +322,13 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches: Sequence[Patch]) -> Iterator[int]:
-    """Copy file after file, overwrite its patches, flush it; yield the number of bytes just copied."""
+def _write(
+    checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches: Sequence[Patch], cost: list[Cost]
+) -> Iterator[int]:
+    """Copy file after file, overwrite its patches, flush it; yield the number of bytes just copied.
+
+    What rounding to a lattice cost is added to `cost`.
+    """
     for name in copies:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -316,8 +337,7 @@ def _write(checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches:
             yield from _copy(checkpoint.path / name, writer.fileno())
             workers = 1 if any(patch.edit.mode == "row" for patch in own) else WORKERS
             with one_thread(), ThreadPoolExecutor(workers) as pool:
-                for _ in pool.map(partial(_overwrite, checkpoint, writer.fileno()), own):
-                    pass
+                cost += pool.map(partial(_overwrite, checkpoint, writer.fileno()), own)
             os.fsync(writer.fileno())
 
 
@@ -361,20 +381,23 @@ def _pwrite(target: int, data: bytes | mmap, offset: int) -> int:
     return len(data)
 
 
-def _overwrite(checkpoint: Checkpoint, target: int, patch: Patch) -> None:
-    """Read a slice of the original, edit it in place in memory, write it over the copy."""
+def _overwrite(checkpoint: Checkpoint, target: int, patch: Patch) -> Cost:
+    """Read a slice of the original, edit it in place in memory, write it over the copy; return what rounding cost."""
     piece, matrix = patch.piece, None
     data = mmap(-1, piece.end - piece.begin)  # goes back to the system at once, which a buffer of malloc need not
     read_into(checkpoint.path / piece.entry.shard, piece.entry.begin + piece.begin, memoryview(data))
     if patch.matrix and patch.edit.mode == "row":
         matrix = patch.matrix.view(checkpoint.read(patch.matrix.entry, patch.matrix.begin, patch.matrix.end))
-    edit_in_place(piece.view(data), patch.edit, matrix, name=piece.entry.name)
+    cost = edit_in_place(piece.view(data), patch.edit, matrix, name=piece.entry.name, lattice=patch.lattice)
     _pwrite(target, data, piece.entry.begin + piece.begin)
+    return cost
 
 
 @torch.no_grad()
-def edit_in_place(tensor: Tensor, edit: ModuleEdit, matrix: Tensor | None = None, *, name: str = "") -> None:
-    """Edit a matrix or a bias in place, with one rounding to its dtype.
+def edit_in_place(
+    tensor: Tensor, edit: ModuleEdit, matrix: Tensor | None = None, *, name: str = "", lattice: str = ""
+) -> Cost:
+    """Edit a matrix or a bias in place, with one rounding to its dtype, or one to a lattice that its dtype then holds.
 
     A plain or column-wise edit treats every column on its own, so only a block of columns is widened at a time; a
     row-wise edit needs the whole matrix.
@@ -384,14 +407,26 @@ def edit_in_place(tensor: Tensor, edit: ModuleEdit, matrix: Tensor | None = None
         edit: Of its module.
         matrix: [d_out, d_in] before the edit, for a bias in row mode.
         name: For the message.
+        lattice: Type whose plain pass the edit must survive.
+
+    Returns:
+        What rounding to the lattice cost.
 
     Raises:
         RunFailed: a result is not finite in the tensor's dtype.
     """
     columns = max(1, BLOCK // max(1, tensor.shape[0]))
-    whole = tensor.ndim == 1 or edit.mode == "row"
+    if lattice:
+        columns = max(GROUP, columns // GROUP * GROUP)
+    whole, cost = tensor.ndim == 1 or edit.mode == "row", Cost()
     for block in (tensor,) if whole else torch.split(tensor, columns, dim=1):
-        block.copy_(edit_bias(block, edit, matrix) if block.ndim == 1 else edit_weight(block, edit))
+        if lattice and block.ndim == 2:
+            exact = edit_weight(block.double(), edit)
+            block.copy_(preserve(exact, edit.directions, lattice, block.dtype))
+            cost += Cost.of(exact, block, lattice)
+        else:
+            block.copy_(edit_bias(block, edit, matrix) if block.ndim == 1 else edit_weight(block, edit))
         low, high = torch.aminmax(block)  # NaN comes through
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise RunFailed(f"tensor {name!r} is not finite after the edit", valid=f"values that fit {tensor.dtype}")
+    return cost

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from perpend.core.edits import Edit
 from perpend.core.leak import Realised, realised
 from perpend.core.maps import ModuleEdit
+from perpend.core.quant import RANGES, simulate
 from perpend.errors import GateFailed, RunFailed
 from perpend.export.checkpoint import Checkpoint, files, read_range
 from perpend.export.names import Locator, TensorSlice
@@ -47,7 +48,8 @@ class LeakRow:
         missing: 1 - what is left of the direction for whatever reason, scales of the mode included. Equal to
             `realised` in plain mode; in row mode it shows how much of the direction comes back.
         residual: λ measured behind the post-norm, where the residual stream receives it; None without a post-norm.
-        ok: `realised` is within 0.05 of `asked`.
+        ok: `realised` is within 0.05 of `asked`, and so is `quantised` where there is one.
+        quantised: λ after a plain pass of the type that the export was rounded for; None when it was for none.
     """
 
     module: str
@@ -60,11 +62,13 @@ class LeakRow:
     missing: float
     residual: float | None
     ok: bool
+    quantised: float | None = None
 
     @property
     def miss(self) -> float:
-        """|realised - asked|, 0 when there was nothing to lose."""
-        return 0.0 if math.isnan(self.realised) else abs(self.realised - self.asked)
+        """|realised - asked|, before or after the plain pass, 0 when there was nothing to lose."""
+        found = [self.realised] if self.quantised is None else [self.realised, self.quantised]
+        return max((abs(value - self.asked) for value in found if not math.isnan(value)), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; NaN becomes null."""
@@ -106,6 +110,7 @@ def leak_gate(
     *,
     through_post_norm: bool = False,
     allow_leak: bool = False,
+    rounding: str = "auto",
 ) -> list[LeakRow]:
     """Measure the realised weight factor of every edited module on the saved files.
 
@@ -118,6 +123,7 @@ def leak_gate(
         through_post_norm: The directions were carried through the post-norms (`core.maps.through_post_norm`), so that
             what is missing in the module's output is missing in the residual stream too.
         allow_leak: Return rows that miss instead of failing.
+        rounding: q4_0 or q8_0: the weight factor must hold after a plain pass of that type, too.
 
     Returns:
         A row per module with a weight factor other than 0, in the order of the edit.
@@ -132,18 +138,35 @@ def leak_gate(
     asked = [(anatomy.writer(name), part) for name, part in edit.modules.items() if part.weight != 0]
     for writer, part in track(asked, "verify"):
         gain = None if through_post_norm else anatomy.post_norm_gain(model, writer)
-        found = [_row(writer, part, p, _pair(before, after, p), gain) for p in locator.matrices(writer)]
+        lattice = rounding if rounding in RANGES else ""
+        found = [
+            leak_row(writer, part, p.expert, _pair(before, after, p), gain, lattice) for p in locator.matrices(writer)
+        ]
         worst = max(found, key=lambda row: row.miss)
         if through_post_norm and writer.post_norm is not None:
-            worst = LeakRow(**{**asdict(worst), "residual": worst.missing})
+            worst = replace(worst, residual=worst.missing)
         rows.append(worst)
+    return require_realised(rows, allow_leak)
+
+
+def require_realised(rows: list[LeakRow], allow_leak: bool = False) -> list[LeakRow]:
+    """Refuse an export of which a module misses its weight factor.
+
+    Args:
+        rows: A row per module.
+        allow_leak: Return rows that miss instead of failing.
+
+    Raises:
+        GateFailed: names the worst.
+    """
     missed = [row for row in rows if not row.ok]
     if missed and not allow_leak:
         worst = max(missed, key=lambda row: row.miss)
         where = worst.module if worst.expert is None else f"{worst.module}, expert {worst.expert}"
+        got = worst.realised if worst.quantised is None else worst.quantised
         raise GateFailed(
             f"{len(missed)} of {len(rows)} modules miss their weight factor; "
-            f"the worst asked {worst.asked:.2f} and got {worst.realised:.2f}",
+            f"the worst asked {worst.asked:.2f} and got {got:.2f}",
             where=where,
             valid=f"within {TOLERANCE}",
             hint="--allow-leak",
@@ -161,26 +184,44 @@ def _pair(before: Checkpoint, after: Checkpoint, piece: TensorSlice) -> tuple[Te
 
 
 @torch.no_grad()
-def _row(
-    writer: Writer, part: ModuleEdit, piece: TensorSlice, pair: tuple[Tensor, Tensor], gain: Tensor | None
+def leak_row(
+    writer: Writer,
+    part: ModuleEdit,
+    expert: int | None,
+    pair: tuple[Tensor, Tensor],
+    gain: Tensor | None,
+    lattice: str = "",
 ) -> LeakRow:
-    """Measure one matrix."""
+    """Measure one matrix.
+
+    Args:
+        writer: What it belongs to.
+        part: What was asked.
+        expert: Which expert it is.
+        pair: The matrix before and after, `[d_out, d_in]`.
+        gain: Of the post-norm, `[d_out]`.
+        lattice: Type whose plain pass it must survive.
+    """
     found = realised(*pair, part.directions, mode=part.mode)
     whole = found if part.mode == "plain" else realised(*pair, part.directions)
     behind = Realised(math.nan, 0.0) if gain is None else realised(*pair, part.directions, gain)
-    ok = math.isnan(found.weight) or abs(found.weight - part.weight) <= TOLERANCE
-    return LeakRow(
+    later = None
+    if lattice:
+        later = realised(pair[0], simulate(pair[1].contiguous(), lattice), part.directions, mode=part.mode).weight
+    row = LeakRow(
         module=writer.name,
         layer=writer.layer,
         component=writer.component,
-        expert=piece.expert,
+        expert=expert,
         asked=part.weight,
         realised=found.weight,
         noise=found.noise,
         missing=whole.weight,
         residual=None if gain is None else behind.weight,
-        ok=ok,
+        ok=True,
+        quantised=later,
     )
+    return replace(row, ok=row.miss <= TOLERANCE)
 
 
 def untouched_equal(

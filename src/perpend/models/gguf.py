@@ -1,7 +1,7 @@
 """What a GGUF file says beside its tensors: facts that transformers leaves out when it reads one.
 
-Only the header is read. The format: magic, version, number of tensors, number of key-value pairs, then the pairs
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Only the header is read. The format: magic, version, number of tensors, number of key-value pairs, then the pairs, then
+name, shape, type and place of every tensor (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +36,79 @@ def metadata(path: Path) -> dict[str, Any]:
         return _pairs(file, pairs)
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: Such as `blk.3.ffn_down.weight`.
+        shape: Row-major, the reverse of what the file says: `[d_out, d_in]`, `[E, d_out, d_in]`.
+        type: Name of its type, such as `Q4_0`.
+        begin: First byte, counted from the start of the file.
+        nbytes: Size in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of itself.
+
+    Attributes:
+        path: The file.
+        version: Of the format.
+        facts: Numbers and texts of the header, as `metadata` has them.
+        pairs: Number of key-value pairs, arrays included.
+        pairs_end: One past their last byte; the first is at 24.
+        tensors: By name, in the order of the header.
+        alignment: Of the data.
+    """
+
+    path: Path
+    version: int
+    facts: dict[str, Any]
+    pairs: int
+    pairs_end: int
+    tensors: dict[str, TensorInfo]
+    alignment: int
+
+
+def layout(path: Path) -> Layout:
+    """Return where everything lies, once it is sure that the file holds the bytes of every tensor.
+
+    Raises:
+        UsageError: not a GGUF file, cut short, or with a tensor twice.
+        MissingExtra: the package `gguf`, which knows the sizes of quantised types, is not installed.
+    """
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError:
+        raise MissingExtra("gguf", "gguf", f"reading {path.name}") from None
+    with _opened(path) as (file, count, pairs):
+        facts = _pairs(file, pairs)
+        align, pairs_end, found = int(facts.get("general.alignment", 32)) or 32, file.tell(), []
+        for _ in range(count):
+            name = _text(file)
+            shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))[::-1]
+            kind = GGMLQuantizationType(_number(file, "I"))
+            block, size = GGML_QUANT_SIZES[kind]
+            found.append(TensorInfo(name, shape, kind.name, _number(file, "Q"), math.prod(shape) // block * size))
+        data, have = -(-file.tell() // align) * align, path.stat().st_size
+        placed = {t.name: TensorInfo(t.name, t.shape, t.type, data + t.begin, t.nbytes) for t in found}
+        needed = max((t.begin + t.nbytes for t in placed.values()), default=data)
+        if needed > have:
+            raise ValueError(f"{have} bytes of {needed}")
+        if len(placed) < count:
+            raise ValueError("a tensor comes twice")
+        file.seek(4)
+        return Layout(path, _number(file, "I"), facts, pairs, pairs_end, placed, align)
+
+
 def elements(path: Path) -> int:
     """Return the number of elements of all tensors, once it is sure that the file holds their bytes.
 
@@ -42,24 +116,7 @@ def elements(path: Path) -> int:
         UsageError: not a GGUF file, or cut short.
         MissingExtra: the package `gguf`, which knows the sizes of quantised types, is not installed.
     """
-    try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError:
-        raise MissingExtra("gguf", "gguf", f"reading {path.name}") from None
-    total = last = 0
-    with _opened(path) as (file, tensors, pairs):
-        align = int(_pairs(file, pairs).get("general.alignment", 32)) or 32
-        for _ in range(tensors):
-            _text(file)
-            count = math.prod(_number(file, "Q") for _ in range(_number(file, "I")))
-            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(_number(file, "I"))]
-            last = max(last, _number(file, "Q") + count // block * size)
-            total += count
-        needed = -(-file.tell() // align) * align + last
-        have = path.stat().st_size
-        if needed > have:
-            raise ValueError(f"{have} bytes of {needed}")
-    return total
+    return sum(math.prod(tensor.shape) for tensor in layout(path).tensors.values())
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
 from perpend.export.card import CardFacts, write_card
-from perpend.export.shards import ExportResult, bake
+from perpend.export.checkpoint import Checkpoint
+from perpend.export.shards import ExportResult, bake, plan
+from perpend.export.undo import keep
 from perpend.judges.panel import Panel
 from perpend.models.load import save_gguf
 from perpend.models.parallel import require_single
@@ -40,6 +42,7 @@ from perpend.tasks.recipes import (
     write_recipe,
 )
 from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting, versions
+from perpend.tasks.undo import Undone, take_back
 
 
 @dataclass(frozen=True)
@@ -122,14 +125,18 @@ def bake_and_prove(
     with original(session, output) as source:
 
         def check(folder: Path, export: ExportResult) -> None:
+            patches = plan(Checkpoint(source), edit, session.anatomy, session.model) if recipe.export.reversible else []
             gate = pass_gate(session, source, folder, export, edit, seen, panel, recipe, machine)
             edit.save(folder / EDIT)
             write_recipe(folder, pinned(recipe, session.loaded), edit)
             write_card(folder, source, finish(folder, gate, export))
+            if recipe.export.reversible:
+                keep(source, folder, patches, export)
             passed.append(gate)
 
         try:
-            result = bake(source, edit, session.anatomy, output, session.model, check=check)
+            rounding = recipe.export.rounding
+            result = bake(source, edit, session.anatomy, output, session.model, rounding=rounding, check=check)
         except KeyboardInterrupt:  # made again from the same edit in no time, and in the way of the same command
             shutil.rmtree(partial_of(output), ignore_errors=True)
             raise
@@ -144,7 +151,8 @@ def apply(
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
-) -> Applied:
+    undo: bool = False,
+) -> Applied | Undone:
     """Bake an edit into a copy of the original checkpoint.
 
     Args:
@@ -156,6 +164,8 @@ def apply(
             always taken from there, where there is one; with `edit` the prompts and the seed are too.
         machine: Device and dtype in which the gate runs; the weights do not depend on it.
         dry_run: Only say what would be written.
+        undo: Take the edit back instead: `source` is an output, and the original of it is written; see
+            `perpend.tasks.undo.take_back`, which says where that is bit for bit.
 
     Raises:
         UsageError: no model, no edit, an output that is not empty, or a recipe that asks for another edit than the one
@@ -163,10 +173,14 @@ def apply(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     require_single("apply")
+    if undo:
+        if edit is not None or dry_run:
+            raise UsageError("--undo takes an output and nothing else", where="--edit" if edit else "--dry-run")
+        return take_back(source, output=output, machine=machine, recipe=recipe)
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     require_free(output)
     require_no_partial(output)
-    model, chosen, found = _asked(source, edit, recipe)
+    model, chosen, found = asked_for(source, edit, recipe)
     ModelRef.parse(model)
     made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
     splits = open_splits(found)
@@ -191,7 +205,7 @@ def apply(
     return proven[0]
 
 
-def _asked(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:
+def asked_for(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:
     """Return the model, the edit and the recipe that the arguments stand for."""
     path = Path(source)
     if path.suffix == ".toml":

@@ -124,6 +124,7 @@ def pass_gate(
         session.model,
         through_post_norm=recipe.edit.through_post_norm,
         allow_leak=recipe.export.allow_leak,
+        rounding=recipe.export.rounding,
     )
     untouched = untouched_equal(source, folder, export.edited, export.left_out)
     if untouched.differing:
