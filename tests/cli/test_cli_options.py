@@ -100,6 +100,22 @@ def test_the_file_is_under_the_flags_and_the_flags_under_set(cli, task, tmp_path
     assert calls[1][1]["recipe"].model.id == "org/typed"
 
 
+def test_a_revision_is_part_of_the_model(cli, task, tmp_path):
+    calls = task("run")
+    cli("run", "org/m", "-o", "out", "--revision", "abc")
+    cli("run", "org/m@abc", "-o", "out", "--revision", "abc")
+    assert [args for args, _ in calls] == [("org/m@abc",)] * 2
+    assert calls[0][1]["recipe"].model.id == "org/m@abc"
+    assert "two revisions, old and abc" in cli("run", "org/m@old", "-o", "out", "--revision", "abc").err
+    (tmp_path / "model").mkdir()
+    said = cli("run", "./model", "-o", "out", "--revision", "abc")
+    assert (said.code, len(calls)) == (2, 2)
+    assert "--revision: only models from the hub have revisions" in said.err
+    applied = task("apply")
+    cli("apply", "org/m", "-o", "out", "--revision", "abc")
+    assert applied[0][0] == ("org/m@abc",)
+
+
 def test_zero_is_a_value(cli, task, tmp_path):
     calls = task("run")
     (tmp_path / "r.toml").write_text("seed = 1\n")
