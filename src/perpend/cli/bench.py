@@ -32,7 +32,7 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put questions in the chat te
 
 @command(
     "bench",
-    options=("output", "edit", "config", "assignments", "seed", "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "edit", "config", "assignments", "seed", "revision", "trust_remote_code", *MACHINE_FLAGS),
     examples=(
         "bench google/gemma-3-4b-it --edit edit --tasks arc_easy,hellaswag --questions 500 -o bench",
         "bench ./model --edit out --tasks mine --include ./tasks",

@@ -23,6 +23,7 @@ from perpend.errors import Interrupted
         "sample",
         "max_new_tokens",
         "seed",
+        "revision",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),

@@ -17,6 +17,7 @@ from perpend.cli.options import MEASURE, Model, Request, command
         *RECIPE_FLAGS,
         *PROMPT_FLAGS,
         *REPLY_FLAGS,
+        "revision",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),

@@ -10,7 +10,16 @@ from perpend.cli.options import MAKE, Model, Request, command
 
 @command(
     "fit",
-    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, "trust_remote_code", *MACHINE_FLAGS),
+    options=(
+        "output",
+        "dry_run",
+        *RECIPE_FLAGS,
+        *PROMPT_FLAGS,
+        *FIT_FLAGS,
+        "revision",
+        "trust_remote_code",
+        *MACHINE_FLAGS,
+    ),
     examples=("fit google/gemma-3-4b-it -o edit", "fit ./model -o edit --layer 53% --mode column --limit 64"),
     panel=MAKE,
 )

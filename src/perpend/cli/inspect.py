@@ -10,7 +10,7 @@ from perpend.cli.options import MEASURE, Model, Request, command
 
 @command(
     "inspect",
-    options=("config", "assignments", "chat_template", "trust_remote_code", *MACHINE_FLAGS),
+    options=("config", "assignments", "chat_template", "revision", "trust_remote_code", *MACHINE_FLAGS),
     examples=("inspect google/gemma-3-4b-it", "inspect ./model --json"),
     panel=MEASURE,
 )

@@ -112,6 +112,7 @@ class Request:
         if model is not None:
             _put(base, "model.id", model)
         recipe = load(file or self._values.get("config"), self._values.get("assignments") or (), base)
+        recipe = self._at_revision(recipe)
         if recipe.model.id:
             ModelRef.parse(recipe.model.id)
         elif needs_model:
@@ -121,6 +122,20 @@ class Request:
         for data in (recipe.prompts.target, recipe.prompts.baseline) if "target" in self._values else ():
             DataRef.parse(data)
         return recipe
+
+    def _at_revision(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with its model at the revision that `--revision` names."""
+        from perpend.refs import ModelRef
+
+        revision = self._values.get("revision")
+        if revision is None or not recipe.model.id:
+            return recipe
+        ref = ModelRef.parse(recipe.model.id)
+        if ref.kind != "hub":
+            raise UsageError("only models from the hub have revisions", where="--revision", valid="org/name")
+        if ref.revision not in (None, revision):
+            raise UsageError(f"two revisions, {ref.revision} and {revision}", where="--revision")
+        return recipe.for_model(f"{ref.name}@{revision}")
 
     def machine(self) -> Machine:
         """Return how it is run.

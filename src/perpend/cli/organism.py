@@ -18,7 +18,7 @@ Base = Annotated[
 
 @command(
     "organism",
-    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, "revision", "trust_remote_code", *MACHINE_FLAGS),
     examples=("organism HuggingFaceTB/SmolLM2-135M-Instruct -o organism", "organism ./model -o organism --limit 32"),
     panel=TRY,
 )
@@ -28,5 +28,7 @@ def organism(base: Base, *, request: Request) -> None:
     What an edit of such a model should undo is known, which makes it a test bed.
     """
     output, recipe = request.output, request.recipe(base)
-    result = perpend.organism(base, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run)
+    result = perpend.organism(
+        recipe.model.id, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+    )
     request.out.result(result, views.organism)

@@ -163,6 +163,18 @@ def applied(data: Data) -> View:
     yield from written(data)
 
 
+def undone(data: Data) -> View:
+    """Show `perpend apply --undo`."""
+    if data["exact"]:
+        yield Text(f"{data['tensors']} tensors restored; every file is the original's, by its hash")
+    else:
+        steps = f"and within {data['growth']:.1f} of them along the directions"
+        yield Text(f"{data['tensors']} tensors inverted, not bit for bit: within about a rounding step, {steps}")
+    for name, why in data["missing"].items():
+        yield Text(f"not restored: {printable(name)}, {why}", style="yellow")
+    yield from written(data)
+
+
 def report(data: Data) -> View:
     """Show replies, labels and drift, before and after where there is an after."""
     before, after = data["before"], data.get("after")

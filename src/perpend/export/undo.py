@@ -122,7 +122,7 @@ def _listed(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in files(folder)]
 
 
-def restore(edited: Path, out: Path) -> dict[str, str]:
+def restore(edited: Path, out: Path) -> tuple[int, dict[str, str]]:
     """Write the original of an edited folder, bit for bit.
 
     Args:
@@ -130,7 +130,7 @@ def restore(edited: Path, out: Path) -> dict[str, str]:
         out: An existing, empty folder.
 
     Returns:
-        Files of the original that the edited folder never had, with the reason.
+        How many tensors were restored, and files of the original that the edited folder never had, with the reason.
 
     Raises:
         UsageError: the kept numbers cannot be read.
@@ -167,7 +167,7 @@ def restore(edited: Path, out: Path) -> dict[str, str]:
                 "does not come out as the original was: the edited files are not those that were kept with it",
                 where=str(edited / name),
             )
-    return dict(content["left_out"])
+    return len({piece["tensor"] for piece in content["pieces"]}), dict(content["left_out"])
 
 
 def _restore(path: Path, piece: dict[str, Any], own: dict[str, Tensor]) -> None:
@@ -284,6 +284,37 @@ def require_invertible(edit: dict[str, ModuleEdit]) -> float:
                 hint="an output made with --reversible, or the base model itself",
             )
     return max((1 / abs(1 - part.weight) for part in edit.values()), default=1.0)
+
+
+def invert_files(edited: Path, patches: Sequence[Patch], out: Path, names: Sequence[str]) -> None:
+    """Copy an edited folder and invert the edit in the copy, with one rounding to the dtype of each tensor.
+
+    Args:
+        edited: Folder of an edited checkpoint.
+        patches: What the edit overwrote, with weight factors other than 1; see `require_invertible`.
+        out: An existing, empty folder.
+        names: Files to copy, relative to `edited`.
+
+    Raises:
+        RunFailed: a result is not finite.
+    """
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(edited / name, out / name)
+    for patch in track(patches, "invert"):
+        piece, path = patch.piece, edited / patch.piece.entry.shard
+        begin = piece.entry.begin + piece.begin
+        data = read_range(path, begin, begin + piece.end - piece.begin)
+        tensor = piece.view(data)
+        for block in (tensor,) if tensor.ndim == 1 else torch.split(tensor, 16 * BLOCK, dim=1):
+            block.copy_(invert(block, patch.edit))
+            if not bool(torch.isfinite(block).all()):
+                raise RunFailed(
+                    f"tensor {piece.entry.name!r} is not finite when the edit is taken back", where=str(path)
+                )
+        with (out / piece.entry.shard).open("r+b") as file:
+            file.seek(begin)
+            file.write(data)
 
 
 def invert(edited: Tensor, part: ModuleEdit) -> Tensor:
