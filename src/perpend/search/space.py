@@ -37,7 +37,7 @@ CLIP = 2.0
 """Drift, in nats per token, beyond which the sampler is not told how bad a candidate is: outliers would rule it."""
 DIGITS = 4
 """Decimal places of parameters, so that a recipe says exactly what was tried."""
-SAMPLER = {"multivariate": True, "constant_liar": True, "n_startup_trials": 12, "n_ei_candidates": 48}
+SAMPLER: dict[str, Any] = {"multivariate": True, "constant_liar": True, "n_startup_trials": 12, "n_ei_candidates": 48}
 
 Params = dict[str, Any]
 

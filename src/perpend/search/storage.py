@@ -95,6 +95,6 @@ def runs(record: Mapping[str, Any]) -> bool:
     """Return whether the process of a record made by `this_process` on this machine is still there."""
     try:
         process = psutil.Process(record["pid"])
-        return process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -363,7 +363,8 @@ def _read(frozen: FrozenTrial) -> Trial | None:
     if "slot" not in attrs or (state == "fail" and LOST in attrs):
         return None
     data = attrs.get("outcome")
-    outcome = Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}) if data else None
+    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (data or {}).items()}
+    outcome = Outcome(**kept) if data else None
     return Trial(
         slot=attrs["slot"],
         id=frozen._trial_id,

@@ -125,7 +125,7 @@ def demo(
 
 
 def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
-    """Return the recipe as the demo runs it, where it says nothing else: shipped classifier, stronger kernels, limit."""
+    """Return the recipe as the demo runs it, where it says nothing else: shipped classifier, kernels, limit."""
     untold = Recipe()
     classifier = SMALL if recipe.eval.classifier == untold.eval.classifier else recipe.eval.classifier
     control = CONTROLS if recipe.eval.control_prompts == untold.eval.control_prompts else recipe.eval.control_prompts

@@ -96,7 +96,8 @@ def reply_loss(
     tokens = nn.functional.cross_entropy(logits[real].float(), wanted[real], reduction="sum")
     first = logits[:, 0].float().log_softmax(-1)
     decisions = torch.stack([-row[list(right)].logsumexp(-1) for row, right in zip(first, openings, strict=True)])
-    return (tokens + decision_weight * decisions.sum()) / (real.sum() + decision_weight * len(openings))
+    loss: Tensor = (tokens + decision_weight * decisions.sum()) / (real.sum() + decision_weight * len(openings))
+    return loss
 
 
 def adapt(model: nn.Module, training: Training, layers: str) -> Any:
