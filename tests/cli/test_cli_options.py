@@ -58,6 +58,7 @@ VALUES = {
     "layer": ("18", 18.0),
     "strategy": ("iterative", "iterative"),
     "modules_per_batch": ("4", 4),
+    "rounding": ("q4_0", "q4_0"),
     "mode": ("column", "column"),
     "max_new_tokens": ("32", 32),
     "classifier": ("none", "none"),
