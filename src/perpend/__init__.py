@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perpend.models.anatomy import Anatomy
     from perpend.models.session import Session
     from perpend.refs import DataRef, ModelRef
+    from perpend.tasks.adapter import adapter
     from perpend.tasks.apply import apply
     from perpend.tasks.bench import bench
     from perpend.tasks.chat import chat
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from perpend.tasks.organism import organism
     from perpend.tasks.pages import write_report
     from perpend.tasks.run import run
+    from perpend.tasks.vector import vector
 
 __all__ = [
     "Anatomy",
@@ -49,6 +51,7 @@ __all__ = [
     "Session",
     "UsageError",
     "__version__",
+    "adapter",
     "apply",
     "bench",
     "chat",
@@ -63,6 +66,7 @@ __all__ = [
     "ls",
     "organism",
     "run",
+    "vector",
     "write_report",
 ]
 
@@ -74,6 +78,7 @@ _HOMES = {
     "models.anatomy": ("Anatomy",),
     "models.session": ("Session",),
     "refs": ("DataRef", "ModelRef"),
+    "tasks.adapter": ("adapter",),
     "tasks.apply": ("apply",),
     "tasks.bench": ("bench",),
     "tasks.chat": ("chat",),
@@ -86,6 +91,7 @@ _HOMES = {
     "tasks.organism": ("organism",),
     "tasks.pages": ("write_report",),
     "tasks.run": ("run",),
+    "tasks.vector": ("vector",),
 }
 _RENAMED = {"load_recipe": "load"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

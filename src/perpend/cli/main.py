@@ -12,6 +12,7 @@ import typer
 
 from perpend._version import __version__
 from perpend.cli import config
+from perpend.cli.adapter import adapter
 from perpend.cli.apply import apply
 from perpend.cli.bench import bench
 from perpend.cli.chat import chat
@@ -24,9 +25,10 @@ from perpend.cli.organism import organism
 from perpend.cli.output import Output
 from perpend.cli.report import report
 from perpend.cli.run import run
+from perpend.cli.vector import vector
 from perpend.errors import Interrupted
 
-COMMANDS = (run, fit, apply, evaluate, bench, report, inspect, chat, demo, organism, ls)
+COMMANDS = (run, fit, apply, adapter, vector, evaluate, bench, report, inspect, chat, demo, organism, ls)
 
 app = typer.Typer(
     name="perpend",

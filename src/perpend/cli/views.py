@@ -175,6 +175,30 @@ def undone(data: Data) -> View:
     yield from written(data)
 
 
+def adapted(data: Data) -> View:
+    """Show `perpend adapter`."""
+    made = data["adapter"]
+    rows = made["rows"]
+    facts = {
+        "modules": len(rows),
+        "form": ", ".join(sorted({row["form"] for row in rows})),
+        "rank": made["rank"],
+        "size": render.gigabytes(made["bytes"]),
+        "left out of a module's change": "nothing but rounding" if made["exact"] else f"{made['error']:.2%} at most",
+    }
+    yield render.names_and_values(facts)
+    if not made["exact"]:
+        yield Text(f"beside whole matrices: {max(row['spared'] for row in rows):.3%} at most", style="dim")
+    yield from written(data)
+
+
+def vector(data: Data) -> View:
+    """Show `perpend vector`."""
+    layers = ", ".join(f"{layer} by {norm:.2f}" for layer, norm in zip(data["layers"], data["norms"], strict=True))
+    yield Text(f"moves the residual stream after layer {layers}")
+    yield from written(data)
+
+
 def report(data: Data) -> View:
     """Show replies, labels and drift, before and after where there is an after."""
     before, after = data["before"], data.get("after")

@@ -1,0 +1,45 @@
+"""`perpend adapter`: an edit as a PEFT adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import perpend
+from perpend.cli import views
+from perpend.cli.apply import Source
+from perpend.cli.flags import EDIT, MACHINE_FLAGS
+from perpend.cli.options import MAKE, Request, command
+
+Rank = Annotated[
+    int,
+    typer.Option(help="Of the adapter where the edit has none of its own, as in column mode.", rich_help_panel=EDIT),
+]
+
+
+@command(
+    "adapter",
+    options=("output", "edit", "config", "assignments", "revision", "trust_remote_code", *MACHINE_FLAGS),
+    examples=("adapter google/gemma-3-4b-it --edit edit -o adapter", "adapter recipe.toml -o adapter --rank 32"),
+    panel=MAKE,
+)
+def adapter(source: Source, rank: Rank = 16, *, request: Request) -> None:
+    """Write an edit as a PEFT adapter.
+
+    Exact in plain mode and, as DoRA, in row mode. A column-wise edit has full rank: what the adapter leaves out of it
+    is measured and said.
+    """
+    output, edit = request.output, request.edit
+    file = Path(source) if source.lower().endswith(".toml") else None
+    recipe = request.recipe(None if file else source, file)
+    result = perpend.adapter(
+        source if file else recipe.model.id,
+        output=output,
+        edit=edit,
+        rank=rank,
+        recipe=recipe,
+        machine=request.machine(),
+    )
+    request.out.result(result, views.adapted)

@@ -1,0 +1,99 @@
+"""An edit as a PEFT adapter, beside the base model instead of a copy of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perpend import __version__
+from perpend.config import Machine, Recipe
+from perpend.export.adapter import AdapterResult, write_adapter
+from perpend.refs import ModelRef
+from perpend.tasks.apply import asked_for, original
+from perpend.tasks.output import appearing, require_free, require_no_partial
+from perpend.tasks.recipes import EDIT, pinned, write_recipe
+from perpend.tasks.setup import open_session, require_fitting
+
+RANK = 16
+"""Rank of an adapter of an edit that has none of its own."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter on disk."""
+
+    output: str
+    model: str
+    adapter: AdapterResult
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "task": "adapter",
+            "output": self.output,
+            "model": self.model,
+            "adapter": self.adapter.to_json(),
+            "seconds": self.seconds,
+        }
+
+
+def adapter(
+    source: str,
+    *,
+    output: Path,
+    edit: Path | None = None,
+    rank: int = RANK,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+) -> Adapted:
+    """Write an edit as a PEFT adapter: exact in plain mode and, as DoRA, in row mode; in column mode to a rank.
+
+    Args:
+        source: A model with `edit`, or the `recipe.toml` that lies beside an edit.
+        output: Folder to make: `adapter_config.json`, `adapter_model.safetensors`, the edit, the recipe, a card.
+        edit: `edit.safetensors`, or the folder that `fit` or `run` made.
+        rank: Of the adapter where the edit has none of its own: column mode, row mode of a model with fused experts.
+        recipe: How the edit was made; by default that of the recipe beside the edit.
+        machine: Device and dtype; the adapter does not depend on it.
+
+    Raises:
+        UsageError: no model, no edit, an output that is not empty, or a model that PEFT refuses.
+    """
+    started, output = time.monotonic(), Path(output)
+    require_free(output)
+    require_no_partial(output)
+    model, chosen, found = asked_for(source, edit, recipe)
+    ModelRef.parse(model)
+    session = open_session(model, found, machine or Machine())
+    require_fitting(session, chosen)
+    ref, at = session.loaded.ref, session.loaded.source.revision
+    base = ref.name if ref.kind == "hub" else Path(ref.name).resolve().name
+    with original(session, output) as folder, appearing(output) as partial:
+        made = write_adapter(folder, chosen, session.anatomy, session.model, partial, base=base, revision=at, rank=rank)
+        chosen.save(partial / EDIT)
+        write_recipe(partial, pinned(found, session.loaded), chosen)
+        (partial / "README.md").write_text(_card(base, ref.kind == "hub", output.name, made), encoding="utf-8")
+    return Adapted(str(output), model, made, round(time.monotonic() - started, 1))
+
+
+def _card(base: str, on_hub: bool, title: str, made: AdapterResult) -> str:
+    """Return a short card: what it is, how exact it is, how to load it, and what to mind."""
+    front = [f"base_model: {base}"] if on_hub else []
+    front += ["library_name: peft", "tags:", "- directional-ablation", "- lora", "- perpend"]
+    exact = (
+        "It is the edit itself, to the rounding of float32."
+        if made.exact
+        else (f"It is the edit to rank {made.rank}: of a module's change at most {100 * made.error:.2g} % is left out.")
+    )
+    return (
+        "---\n" + "\n".join(front) + f"\n---\n\n# {title}\n\n"
+        f"An edit of {base} by Perpend {__version__} as a PEFT adapter (directional ablation). {exact}\n\n"
+        "```python\nfrom peft import PeftModel\n\n"
+        f'model = PeftModel.from_pretrained(base, "{title}")  # or .merge_and_unload()\n```\n\n'
+        "The edit changes how the model behaves; where it takes refusals away, harmful requests are answered too, and "
+        "nothing was put in their place. It is meant for research on interpretability and on the robustness of "
+        "safeguards; do not put it before users without safeguards of your own. The base model's licence applies.\n"
+    )
