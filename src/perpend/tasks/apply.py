@@ -28,6 +28,7 @@ from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate, pass_gate, reference
+from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
 from perpend.tasks.output import partial_of, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import (
@@ -158,7 +159,7 @@ def apply(
     Args:
         source: A model with `edit`, or the `recipe.toml` that lies beside an edit: the same weights again,
             byte for byte.
-        output: Folder to make.
+        output: Folder to make; a name that ends in .gguf edits a GGUF file directly.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
         recipe: Gate, replies and prompts; by default those of the recipe beside the edit. How the edit was made is
             always taken from there, where there is one; with `edit` the prompts and the seed are too.
@@ -187,6 +188,11 @@ def apply(
     if dry_run:
         asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
         return replace(made, forecast=asked)
+    if is_gguf(output):
+        result, gate, said = write_gguf(model, chosen, output, found, machine, splits)
+        took = round(time.monotonic() - started, 1)
+        return replace(made, export=result, gate=gate, edit=said, seconds=took)
+    require_roundable(found)
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
     panel = open_panel(found, machine)

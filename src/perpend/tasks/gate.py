@@ -127,12 +127,41 @@ def pass_gate(
         rounding=recipe.export.rounding,
     )
     untouched = untouched_equal(source, folder, export.edited, export.left_out)
-    if untouched.differing:
-        raise GateFailed(f"bytes differ that were not edited: {', '.join(untouched.differing[:4])}", where=str(folder))
+    return proven(session, ModelRef("dir", str(folder)), leak, untouched, seen, panel, recipe, machine)
+
+
+def proven(
+    session: Session,
+    ref: ModelRef,
+    leak: Sequence[LeakRow],
+    untouched: Untouched,
+    seen: Reference,
+    panel: Panel,
+    recipe: Recipe,
+    machine: Machine,
+) -> Gate:
+    """Load the saved model and compare what it does with what was measured.
+
+    The model of `session` is released: two models are never in memory at once.
+
+    Args:
+        session: The untouched model; of no use afterwards.
+        ref: The saved model.
+        leak: What its weights say.
+        untouched: What its other bytes say.
+        seen: What the edit did as hooks.
+        panel: Labels the replies.
+        recipe: How replies are made.
+        machine: Device and dtype.
+
+    Raises:
+        GateFailed: bytes differ that should not, or the file does not do what the hooks did.
+    """
+    where = Path(ref.name)
+    require_untouched(untouched, where)
     release(session.model)
     if not seen.prompts:
         return Gate(tuple(leak), untouched, 0, 0, 0, (0.0, 0.0))
-    ref = ModelRef("dir", str(folder))
     loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
     again = as_asked(loaded, recipe, machine)
     replies = again.generate(seen.prompts, max_new_tokens=recipe.eval.max_new_tokens)
@@ -145,8 +174,18 @@ def pass_gate(
         same_replies=sum(a.tokens == b.tokens for a, b in zip(seen.replies, replies, strict=True)),
         likelihood=(seen.likelihood, likelihood(again, seen.prompts, seen.replies)),
     )
-    require_same(gate, folder)
+    require_same(gate, where)
     return gate
+
+
+def require_untouched(untouched: Untouched, where: Path) -> None:
+    """Refuse a file of which something changed that was not edited.
+
+    Raises:
+        GateFailed: says what.
+    """
+    if untouched.differing:
+        raise GateFailed(f"bytes differ that were not edited: {', '.join(untouched.differing[:4])}", where=str(where))
 
 
 def require_same(gate: Gate, folder: Path) -> None:

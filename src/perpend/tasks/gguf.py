@@ -1,0 +1,148 @@
+"""Bake an edit into a copy of a GGUF file, and prove it on the saved file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perpend import __version__
+from perpend.config import Machine, Recipe, to_toml
+from perpend.core.edits import Edit
+from perpend.data import Splits
+from perpend.errors import GateFailed, UsageError
+from perpend.export.gguf import Change, bake_gguf, leak_rows, untouched
+from perpend.export.gguf_file import layouts
+from perpend.export.shards import ExportResult
+from perpend.models.anatomy import Anatomy
+from perpend.models.gguf import layout
+from perpend.models.load import skeleton
+from perpend.models.session import Session
+from perpend.progress import note
+from perpend.refs import ModelRef
+from perpend.tasks.about import edit_facts
+from perpend.tasks.card import without_folders
+from perpend.tasks.gate import Gate, proven, reference, require_untouched
+from perpend.tasks.setup import open_panel, open_session, require_fitting
+
+SUFFIX = ".gguf"
+
+
+def is_gguf(output: Path) -> bool:
+    """Whether an output is a GGUF file and not a folder."""
+    return output.suffix.lower() == SUFFIX
+
+
+def require_roundable(recipe: Recipe) -> None:
+    """Refuse a rounding that cannot be taken back in an export that must be.
+
+    Raises:
+        UsageError: says which keys.
+    """
+    if recipe.export.rounding in ("q4_0", "q8_0") and recipe.export.reversible:
+        raise UsageError(
+            f"an edit rounded for {recipe.export.rounding} cannot be taken back bit for bit",
+            where="export.reversible",
+            valid="export.rounding = auto or nearest",
+        )
+
+
+def provenance(edit: Edit, recipe: Recipe, model: str) -> dict[str, str]:
+    """Return what the keys `perpend.…` of an edited file say; local paths are reduced to names."""
+    shown = without_folders(recipe.for_model(model))
+    return {
+        "version": __version__,
+        "base": shown.model.id,
+        "edit.sha256": edit.sha256,
+        "edit.modules": str(len(edit)),
+        "recipe_hash": recipe.hash(),
+        "recipe": to_toml(shown.model_dump(mode="json")),
+    }
+
+
+def write_gguf(
+    model: str, edit: Edit, output: Path, recipe: Recipe, machine: Machine, splits: Splits
+) -> tuple[ExportResult, Gate, Mapping[str, Any]]:
+    """Edit a GGUF file; the result gets its name only when it has passed the gate.
+
+    Args:
+        model: The file, or one of its numbered parts.
+        edit: What to bake.
+        output: File to make.
+        recipe: Rounding and gate.
+        machine: Device and dtype in which the gate runs.
+        splits: The gate measures on a fixed subset of the select split.
+
+    Returns:
+        What was written, the gate, and the weight factors of the edit.
+
+    Raises:
+        UsageError: the model is no GGUF file, or the edit is of another one.
+        GateFailed: the saved file is not the edit; it stays as `OUT.gguf.partial`.
+    """
+    ref = ModelRef.parse(model)
+    if ref.kind != "gguf":
+        raise UsageError(
+            "a GGUF file is edited directly only from a GGUF file",
+            where=str(output),
+            hint=f"perpend apply {model} -o FOLDER, then perpend export gguf FOLDER -o {output.name}",
+        )
+    source = Path(ref.name).expanduser()
+    files = layouts(source)
+    session = None
+    if len(files) == 1 and recipe.export.gate_prompts:
+        session = open_session(model, recipe, machine)
+        require_fitting(session, edit)
+        anatomy = session.anatomy
+    else:
+        if recipe.export.gate_prompts:
+            note("a model in parts cannot be run here: the gate reads its weights alone")
+        first = ModelRef("gguf", str(files[0].path)).resolve()
+        anatomy = Anatomy.of(skeleton(first, str(ref)), recipe.edit.overrides or None)
+    passed: list[Gate] = []
+    seen = reference(session, edit, splits.select, recipe) if session else None
+    panel = open_panel(recipe, machine) if session else None
+
+    def check(partial: list[Path], export: ExportResult, changes: list[Change]) -> None:
+        written = [layout(path) for path in partial]
+        asked = recipe.export
+        leak = leak_rows(
+            changes,
+            written,
+            anatomy,
+            session.model if session else None,
+            through_post_norm=recipe.edit.through_post_norm,
+            allow_leak=asked.allow_leak,
+            rounding=asked.rounding,
+        )
+        same = untouched(files, written, export.edited)
+        require_untouched(same, partial[0])
+        if session and seen and panel:
+            passed.append(_run(session, partial[0], leak, same, seen, panel, recipe, machine))
+        else:
+            passed.append(Gate(tuple(leak), same, 0, 0, 0, (0.0, 0.0)))
+
+    result = bake_gguf(
+        source,
+        edit,
+        anatomy,
+        output,
+        model=session.model if session else None,
+        rounding=recipe.export.rounding,
+        fallback=recipe.export.gguf_type,
+        said=provenance(edit, recipe, model),
+        check=check,
+    )
+    return result, passed[0], edit_facts(edit, anatomy)
+
+
+def _run(session: Session, partial: Path, *given: Any) -> Gate:
+    """Run the saved file under a name that says that it is a GGUF file; the name is gone afterwards."""
+    named = partial.with_name(f".{partial.name}{SUFFIX}")
+    named.symlink_to(partial.name)
+    try:
+        return proven(session, ModelRef("gguf", str(named)), *given)
+    except GateFailed as error:
+        raise GateFailed(error.what, where=str(partial), valid=error.valid, hint=error.hint) from None
+    finally:
+        named.unlink()
