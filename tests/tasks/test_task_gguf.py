@@ -77,7 +77,7 @@ def test_a_model_in_parts_is_proven_by_its_weights(case, tmp_path):
 
 def test_a_folder_is_not_written_as_a_gguf_file(case, tmp_path):
     _, file, recipe, _ = case
-    with pytest.raises(UsageError, match="perpend export gguf"):
+    with pytest.raises(UsageError, match="directly only from a GGUF file"):
         apply(str(tmp_path / "hf"), edit=file, output=tmp_path / "out.gguf", recipe=recipe, machine=MACHINE)
 
 

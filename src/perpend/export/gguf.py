@@ -233,6 +233,19 @@ def _made(change: Change, wanted: Wanted, kind: str, rounding: str, costs: list[
 Check = Callable[[list[Path], ExportResult, list[Change]], None]
 
 
+def _kinds(changes: Sequence[Change], fallback: str, rounding: str) -> dict[str, str]:
+    """Return the type that each changed tensor is written in, by name."""
+    kinds: dict[str, str] = {}
+    for change in changes:
+        kinds[change.tensor.name] = kind = kind_after(change, fallback)
+        rows = change.tensor.shape[-1]
+        if rounding in RANGES and kind in PLAIN and change.matrix is None and rows % GROUP:
+            raise UsageError(
+                f"{rounding} cannot hold rows of {rows}", where=change.tensor.name, valid="multiples of 32"
+            )
+    return kinds
+
+
 def bake_gguf(
     source: Path,
     edit: Edit,
@@ -270,14 +283,7 @@ def bake_gguf(
     """
     files = layouts(source)
     changes = plan(files, edit, anatomy, model)
-    outs, costs, kinds = targets(out, len(files)), list[Cost](), dict[str, str]()
-    for change in changes:
-        kinds[change.tensor.name] = kind = kind_after(change, fallback)
-        if rounding in RANGES and kind in PLAIN and change.matrix is None and change.tensor.shape[-1] % GROUP:
-            rows = change.tensor.shape[-1]
-            raise UsageError(
-                f"{rounding} cannot hold rows of {rows}", where=change.tensor.name, valid="multiples of 32"
-            )
+    outs, costs, kinds = targets(out, len(files)), list[Cost](), _kinds(changes, fallback, rounding)
     _note_fallbacks(changes, kinds)
     steps = iter(track(changes, "export"))
 

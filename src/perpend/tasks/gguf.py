@@ -60,6 +60,17 @@ def provenance(edit: Edit, recipe: Recipe, model: str) -> dict[str, str]:
     }
 
 
+def _file(model: str, output: Path) -> ModelRef:
+    ref = ModelRef.parse(model)
+    if ref.kind != "gguf":
+        raise UsageError(
+            "a GGUF file is edited directly only from a GGUF file",
+            where=str(output),
+            hint=f"perpend apply {model} -o FOLDER",
+        )
+    return ref
+
+
 def write_gguf(
     model: str, edit: Edit, output: Path, recipe: Recipe, machine: Machine, splits: Splits
 ) -> tuple[ExportResult, Gate, Mapping[str, Any]]:
@@ -80,13 +91,7 @@ def write_gguf(
         UsageError: the model is no GGUF file, or the edit is of another one.
         GateFailed: the saved file is not the edit; it stays as `OUT.gguf.partial`.
     """
-    ref = ModelRef.parse(model)
-    if ref.kind != "gguf":
-        raise UsageError(
-            "a GGUF file is edited directly only from a GGUF file",
-            where=str(output),
-            hint=f"perpend apply {model} -o FOLDER, then perpend export gguf FOLDER -o {output.name}",
-        )
+    ref = _file(model, output)
     source = Path(ref.name).expanduser()
     files = layouts(source)
     session = None
