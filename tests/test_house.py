@@ -27,7 +27,7 @@ FLOORS = (
     ("judges", "drift"),
     ("fitting", "teaching"),
     ("search",),
-    ("export",),
+    ("export", "forensics", "serving"),
     ("report",),
     ("tasks",),
     ("cli",),

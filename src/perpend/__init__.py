@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from perpend.refs import DataRef, ModelRef
     from perpend.tasks.adapter import adapter
     from perpend.tasks.apply import apply
+    from perpend.tasks.audit import audit
     from perpend.tasks.bench import bench
     from perpend.tasks.chat import chat
     from perpend.tasks.config import config_init, config_show, config_validate
     from perpend.tasks.demo import demo
+    from perpend.tasks.diff import diff
     from perpend.tasks.evaluate import eval
     from perpend.tasks.fit import fit
     from perpend.tasks.inspect import inspect
@@ -53,12 +55,14 @@ __all__ = [
     "__version__",
     "adapter",
     "apply",
+    "audit",
     "bench",
     "chat",
     "config_init",
     "config_show",
     "config_validate",
     "demo",
+    "diff",
     "eval",
     "fit",
     "inspect",
@@ -80,10 +84,12 @@ _HOMES = {
     "refs": ("DataRef", "ModelRef"),
     "tasks.adapter": ("adapter",),
     "tasks.apply": ("apply",),
+    "tasks.audit": ("audit",),
     "tasks.bench": ("bench",),
     "tasks.chat": ("chat",),
     "tasks.config": ("config_init", "config_show", "config_validate"),
     "tasks.demo": ("demo",),
+    "tasks.diff": ("diff",),
     "tasks.evaluate": ("eval",),
     "tasks.fit": ("fit",),
     "tasks.inspect": ("inspect",),

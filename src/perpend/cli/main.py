@@ -14,9 +14,11 @@ from perpend._version import __version__
 from perpend.cli import config
 from perpend.cli.adapter import adapter
 from perpend.cli.apply import apply
+from perpend.cli.audit import audit
 from perpend.cli.bench import bench
 from perpend.cli.chat import chat
 from perpend.cli.demo import demo
+from perpend.cli.diff import diff
 from perpend.cli.eval import evaluate
 from perpend.cli.fit import fit
 from perpend.cli.inspect import inspect
@@ -28,7 +30,23 @@ from perpend.cli.run import run
 from perpend.cli.vector import vector
 from perpend.errors import Interrupted
 
-COMMANDS = (run, fit, apply, adapter, vector, evaluate, bench, report, inspect, chat, demo, organism, ls)
+COMMANDS = (
+    run,
+    fit,
+    apply,
+    adapter,
+    vector,
+    evaluate,
+    bench,
+    report,
+    inspect,
+    diff,
+    audit,
+    chat,
+    demo,
+    organism,
+    ls,
+)
 
 app = typer.Typer(
     name="perpend",

@@ -1,0 +1,175 @@
+"""What was done is told from the weights alone, and nothing that was not done."""
+
+from __future__ import annotations
+
+import pytest
+import suspects
+import torch
+
+from perpend.core.quant import simulate
+from perpend.core.schedule import NormalKernel, PerLayer, Tent
+from perpend.errors import UsageError
+from perpend.forensics import pairs
+from perpend.forensics.examine import Examination, examine
+
+KERNEL = NormalKernel(peak_weight=0.9, peak_layer=5.3, spread=2.0)
+
+
+@pytest.fixture
+def told(tmp_path):
+    """`told(before, after)` is the examination of two sets of tensors."""
+
+    def go(before, after, third=None) -> Examination:
+        sets = {"before": before, "after": after} | ({"third": third} if third else {})
+        folders = [suspects.write(tmp_path / name, tensors) for name, tensors in sets.items()]
+        return examine(*folders)
+
+    return go
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["plain", "column", "row"])
+def test_an_ablation_is_told_with_its_direction_mode_strength_and_kernel(told, mode, dtype):
+    before = suspects.base(dtype)
+    weights = KERNEL.weights(suspects.LAYERS)
+    found = told(before, suspects.ablated(before, weights, mode))
+    assert (found.verdict.name, found.verdict.confidence > 0.8) == ("ablation", True)
+    assert (found.shared.side, found.shared.rank, found.shared.scope) == ("output", 1, "one for all layers")
+    assert found.shared.mode == mode
+    assert found.shared.certainty > 5
+    assert abs(float(found.shared.directions[0] @ suspects.directions()[0])) > 0.999
+    assert set(found.kernels) == set(suspects.WRITERS)
+    for measured, kernel in found.kernels.values():
+        assert measured == pytest.approx(weights, abs=0.02)
+        assert kernel.kind == "normal"
+        assert kernel.peak_weight == pytest.approx(0.9, abs=0.02)
+        assert kernel.peak_layer == pytest.approx(5.3, abs=0.1)
+        assert kernel.spread == pytest.approx(2.0, abs=0.1)
+    assert len(found.changes) == 2 * sum(weight != 0 for weight in weights)
+
+
+def test_strengthening_is_a_negative_weight_factor_and_a_tent_is_a_tent(told):
+    before = suspects.base()
+    weights = Tent(peak_weight=-0.6, peak_layer=4, spread=3.7).weights(suspects.LAYERS)
+    measured, kernel = told(before, suspects.ablated(before, weights)).kernels["mlp.down_proj"]
+    assert measured == pytest.approx(weights, abs=0.02)
+    assert (kernel.kind, round(kernel.peak_layer)) == ("tent", 4)
+
+
+def test_directions_of_each_layer_are_told_from_one_for_all(told):
+    before = suspects.base()
+    found = told(before, suspects.ablated(before, [1.0] * suspects.LAYERS, per_layer=True))
+    assert (found.verdict.name, found.shared.scope) == ("ablation", "one per layer")
+    assert found.shared.within > 0.99
+    assert found.kernels["mlp.down_proj"][1].kind == "constant"
+
+
+def test_two_directions_are_two(told):
+    before, v = suspects.base(torch.float32), suspects.directions(2)
+    found = told(before, suspects.ablated(before, [0.7] * suspects.LAYERS, v=v))
+    assert (found.verdict.name, found.shared.rank) == ("ablation", 2)
+    assert float((found.shared.directions @ v.mT).square().sum()) == pytest.approx(2, abs=1e-4)
+
+
+def test_what_is_read_is_told_from_what_is_written_even_in_square_matrices(told):
+    before, v = suspects.base(), suspects.directions()
+    after = suspects.changed(before, ("self_attn.q_proj",), lambda layer, kind, w: w - 0.8 * (w @ v.mT) @ v)
+    found = told(before, after)
+    assert (found.verdict.name, found.shared.side) == ("ablation", "input")
+    assert found.kernels["self_attn.q_proj"][0] == pytest.approx([0.8] * suspects.LAYERS, abs=0.02)
+
+
+def test_faint_layers_are_measured_along_the_shared_direction(told):
+    before = suspects.base()
+    weights = [0.0, 0.06, 0.08, 1.0, 1.0, 1.0, 0.06, 0.0, 0.0, 0.0]
+    found = told(before, suspects.ablated(before, PerLayer(values=tuple(weights)).weights(suspects.LAYERS)))
+    assert found.kernels["mlp.down_proj"][0] == pytest.approx(weights, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rank", "kinds", "left"),
+    [
+        (4, suspects.WRITERS + suspects.READERS, None),
+        (1, suspects.WRITERS, None),
+        (1, suspects.WRITERS, suspects.directions() * 8),
+    ],
+    ids=["adapter", "rank one", "rank one, one left vector for all"],
+)
+def test_an_adapter_is_no_ablation(told, rank, kinds, left):
+    before = suspects.base()
+    found = told(before, suspects.adapted(before, rank, kinds, left))
+    assert found.verdict.name == "low-rank"
+    assert {change.rank for change in found.changes} == {rank}
+    assert found.verdict.scores["ablation"] < 0.1
+    assert not found.kernels
+
+
+def test_noise_training_and_rounding_to_a_format_are_told_apart(told, tmp_path):
+    before = suspects.base()
+    every = suspects.WRITERS + suspects.READERS
+    others = {
+        "noise": suspects.noisy(before),
+        "fine-tune": suspects.trained(before),
+        "quantised": suspects.changed(before, every, lambda layer, kind, w: simulate(w, "q4_0")),
+    }
+    start = suspects.write(tmp_path / "start", before)
+    for name, after in others.items():
+        found = examine(start, suspects.write(tmp_path / name, after))
+        assert found.verdict.name == name
+        assert found.verdict.confidence >= 0.5
+        assert found.verdict.scores["ablation"] < 0.1
+    assert "q4_0" in found.verdict.detail
+    assert all(change.lattice for change in found.changes)
+
+
+def test_the_same_and_a_cast_are_said_to_be_so(tmp_path):
+    before = suspects.base(torch.float32)
+    narrow = {name: tensor.bfloat16() for name, tensor in before.items()}
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
+    sets = {"before": before, "narrow": narrow, "wide": wide}
+    at = {name: suspects.write(tmp_path / name, tensors) for name, tensors in sets.items()}
+    assert examine(at["before"], at["before"]).verdict.name == "identical"
+    assert examine(at["narrow"], at["wide"]).verdict.name == "cast"
+    rounded = examine(at["before"], at["narrow"]).verdict
+    assert (rounded.name, "bfloat16" in rounded.detail) == ("cast", True)
+
+
+def test_a_merge_needs_its_other_parent(told, tmp_path):
+    before, parent = suspects.base(), suspects.trained(suspects.base())
+    merged = {name: (0.7 * before[name].float() + 0.3 * parent[name].float()).bfloat16() for name in before}
+    found = told(before, merged, parent)
+    assert found.verdict.name == "interpolation"
+    assert "0.3 of the way" in found.verdict.detail
+    alone = examine(tmp_path / "before", tmp_path / "after").verdict
+    assert alone.name == "fine-tune"
+    assert any("--third" in ground for ground in alone.grounds)
+
+
+def test_names_are_matched_from_the_layer_on_and_only_what_differs_is_read(told, monkeypatch):
+    before = suspects.base()
+    after = suspects.ablated(before, [1.0] + [0.0] * (suspects.LAYERS - 1))
+    renamed = {name.replace("model.", "language_model.model."): tensor for name, tensor in after.items()}
+    renamed["visual.patch.weight"] = torch.zeros(2, 2)
+    read, original = [], pairs.read_tensor
+    monkeypatch.setattr(pairs, "read_tensor", lambda c, entry: read.append(entry.name) or original(c, entry))
+    found = told(before, renamed)
+    assert found.verdict.name == "ablation"
+    assert found.added == ("visual.patch.weight",)
+    assert (found.missing, found.tensors, found.equal) == ((), len(before), len(before) - 2)
+    assert {name.split(".")[-2] for name in read} == {"o_proj", "down_proj"}
+
+
+def test_checkpoints_without_a_common_tensor_are_refused(told):
+    with pytest.raises(UsageError, match="no tensor of the same name and shape"):
+        told(suspects.base(), {"other.weight": torch.zeros(3, 3)})
+
+
+def test_rounding_alone_has_no_rank():
+    from perpend.forensics.spectrum import difference, of_difference
+
+    w = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    sizes, found = difference(w, w.bfloat16()), of_difference(w, w.bfloat16())
+    assert sizes.energy == pytest.approx(sizes.rounding, rel=0.05)
+    assert 0.5 * sizes.floor < float(found.values[0]) < sizes.floor
+    exact = torch.linalg.svdvals(w.bfloat16().double() - w.double())
+    assert float(found.values[0]) == pytest.approx(float(exact[0]), rel=0.05)

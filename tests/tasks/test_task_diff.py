@@ -1,0 +1,79 @@
+"""`perpend diff` and `perpend audit` at the surface: what a person reads, what a program gets, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import perpend
+import suspects
+from perpend.cli.main import main
+from perpend.core.edits import Edit
+from perpend.errors import UsageError
+
+
+@pytest.fixture
+def pair(tmp_path):
+    before = suspects.base()
+    weights = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2]
+    after = suspects.ablated(before, weights, "column")
+    return str(suspects.write(tmp_path / "before", before)), str(suspects.write(tmp_path / "after", after))
+
+
+def test_a_person_reads_what_was_done_and_how_sure_it_is(pair, capsys):
+    assert main(["diff", *pair]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("a directional ablation", "confidence 0.8", "one for all layers", "the norms of columns", "tent"):
+        assert words in shown
+
+
+def test_json_holds_the_verdict_the_kernel_and_every_matrix(pair, capsys):
+    assert main(["diff", *pair, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdict"]["name"] == "ablation"
+    assert data["ablation"]["mode"] == "column"
+    assert data["kernels"]["mlp.down_proj"]["peak_layer"] == pytest.approx(5, abs=0.1)
+    assert {change["layer"] for change in data["changes"]} == set(range(1, 10))
+
+
+def test_the_recovered_edit_does_to_the_base_what_was_done(pair, tmp_path):
+    out = tmp_path / "found.safetensors"
+    found = perpend.diff(*pair, output=out)
+    assert found.output == str(out)
+    edit = Edit.load(out)
+    assert len(edit) == 18
+    part = edit.modules["model.layers.5.self_attn.o_proj"]
+    assert (part.mode, round(part.weight, 2)) == ("column", 1.0)
+    assert abs(float(part.directions[0] @ suspects.directions()[0])) > 0.999
+    with pytest.raises(UsageError, match="already"):
+        perpend.diff(*pair, output=out)
+
+
+def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path):
+    before = suspects.base()
+    folders = [
+        str(suspects.write(tmp_path / name, tensors))
+        for name, tensors in (("before", before), ("after", suspects.noisy(before)))
+    ]
+    found = perpend.diff(*folders, output=tmp_path / "found.safetensors")
+    assert found.output is None
+    assert not (tmp_path / "found.safetensors").exists()
+
+
+def test_a_gguf_file_and_a_damaged_checkpoint_are_refused_in_one_line(pair, tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert main(["diff", pair[0], str(tmp_path / "model.gguf")]) == 2
+    assert "only safetensors" in capsys.readouterr().err
+    weights = Path(pair[1]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert main(["diff", *pair]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_audit_says_what_is_missing(pico_dir, tmp_path, capsys):
+    torch.manual_seed(0)
+    assert main(["audit", str(pico_dir("llama"))]) == 0
+    assert "no direction is avoided" in capsys.readouterr().out
