@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import suspects
 import torch
 
+import suspects
 from perpend.core.quant import simulate
 from perpend.core.schedule import NormalKernel, PerLayer, Tent
 from perpend.errors import UsageError
