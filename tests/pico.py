@@ -90,6 +90,15 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": EOS,
     "bos_token_id": BOS,
 }
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
 _GEMMA: dict[str, Any] = {**_COMMON, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
 _GEMMA3_TEXT: dict[str, Any] = {
     **_GEMMA,
@@ -189,13 +198,7 @@ _EXOTIC: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8,
             "v_head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
+            **_ROUTED,
         },
     ),
     "lfm2": (
@@ -279,13 +282,7 @@ _EXOTIC: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_COMMON,
             "head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
+            **_ROUTED,
         },
     ),
     "jamba": (

@@ -88,6 +88,11 @@ class ModelRef:
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
+    @property
+    def title(self) -> str:
+        """What to call it in a file that travels: its hub id, or the name of its file or folder without the path."""
+        return self.name if self.kind == "hub" else Path(self.name).resolve().name
+
     def resolve(self, *, fetch: bool = True) -> Resolved:
         """Return the files, downloaded from the hub first where they are not local; offline mode is honoured.
 

@@ -17,7 +17,7 @@ from perpend.errors import UsageError
 from perpend.export.adapter import CONFIG, EXACT, WEIGHTS, write_adapter
 from perpend.export.shards import bake
 from perpend.models.anatomy import Anatomy
-from perpend.models.load import silenced
+from perpend.models.quiet import silenced
 
 peft = pytest.importorskip("peft")
 

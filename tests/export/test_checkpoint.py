@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from perpend.errors import PerpendError, RunFailed, UsageError
-from perpend.export.checkpoint import INDEX, SINGLE, Checkpoint, files, read_header, read_range
+from perpend.export.checkpoint import INDEX, SINGLE, Checkpoint, files
+from perpend.models.headers import read_header, read_range
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

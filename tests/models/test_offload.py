@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from session_cases import PROMPTS
 
 import pico
 from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
-from perpend.data import Prompt
 from perpend.errors import RunFailed, UsageError
 from perpend.models import memory, places
 from perpend.models.load import load_model, release
@@ -22,13 +22,6 @@ from perpend.models.session import Sampling, Session
 Dirs = Callable[[str], Path]
 IN_MEMORY, ON_DISK = Machine(device="cpu", batch_size=2), Machine(device="cpu", batch_size=2, offload="disk")
 FAMILIES = ("llama", "gemma3", "mixtral", "gpt2", "gpt_oss")
-PROMPTS = [
-    Prompt("How do I sort a list of numbers in Python?"),
-    Prompt("Sure?"),
-    Prompt("Write a short story about a fox that learns to read, and tell me what it means for the village."),
-    Prompt("What is the capital of France?"),
-    Prompt("Explain how to bake a loaf of bread with flour, water, salt and yeast."),
-]
 TAILS = [[7, 8, 9], [10], [11, 12], [13, 14, 15, 16], [17]]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from session_cases import PROMPTS
 
 import pico
 from perpend.config import Machine
@@ -18,13 +19,6 @@ from perpend.models.load import load_model
 from perpend.models.session import Reply, ReplyLog, Sampling, Session
 from perpend.progress import reporting
 
-PROMPTS = [
-    Prompt("How do I sort a list of numbers in Python?"),
-    Prompt("Sure?"),
-    Prompt("Write a short story about a fox that learns to read, and tell me what it means for the village."),
-    Prompt("What is the capital of France?"),
-    Prompt("Explain how to bake a loaf of bread with flour, water, salt and yeast."),
-]
 SINGLY = Machine(batch_size=1)
 QUICK = ("llama", "gemma2", "gemma3", "gpt2", "mixtral", "gpt_oss")
 FAMILIES = [

@@ -157,6 +157,17 @@ class HookMap:
         z = _subtract(y, self.read, self.write, self.factor)
         return (z if self.output_scale is None else _scaled(z, self.output_scale)).to(y.dtype)
 
+    def edited(self, columns: Tensor, place: slice = slice(None)) -> Tensor:
+        """Return columns of the edited matrix, s ⊙ (W - λ Pᵀ (R W)) ⊙ t.
+
+        Args:
+            columns: `[d_out, c]` columns of W, in the map's dtype.
+            place: Where in W they are, for the input scale.
+        """
+        w = columns - self.factor * self.write.mT @ (self.read @ columns)
+        w = w if self.output_scale is None else w * self.output_scale[:, None]
+        return w if self.input_scale is None else w * self.input_scale[place]
+
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale.to(x.device, x.dtype)
@@ -277,10 +288,7 @@ def edit_weight(weight: Tensor, edit: ModuleEdit) -> Tensor:
     made = Geometry.of(weight, edit.directions, edit.mode).at(edit.weight)
     result = torch.empty(weight.shape, dtype=working(weight.dtype), device=weight.device)
     for columns, (w,) in blocks(weight):
-        w = w - edit.weight * made.write.mT @ (made.read @ w)
-        w = w if made.output_scale is None else w * made.output_scale[:, None]
-        w = w if made.input_scale is None else w * made.input_scale[columns]
-        result[:, columns] = w.to(result.dtype)
+        result[:, columns] = made.edited(w, columns).to(result.dtype)
     return result
 
 

@@ -111,10 +111,7 @@ class _Change:
 
     def new(self) -> Tensor:
         """W'."""
-        b, a = self.low()
-        w = self.old + b @ a
-        w = w if self.made.output_scale is None else w * self.made.output_scale[:, None]
-        return w if self.made.input_scale is None else w * self.made.input_scale
+        return self.made.edited(self.old)
 
 
 def write_adapter(
@@ -155,7 +152,8 @@ def write_adapter(
     linear = {name for name in wrapped if not (fused and name.rpartition(".")[2] in EXPERTS and not writers[name].bias)}
     dora = len(linear) == len(writers) and any(part.mode == "row" for part in parts.values())  # for all or none
     width = max(rank if _needs_rank(part, dora) else len(part.directions) for part in parts.values())
-    locator, checkpoint = Locator(Checkpoint(source), model, anatomy), Checkpoint(source)
+    checkpoint = Checkpoint(source)
+    locator = Locator(checkpoint, model, anatomy)
     biased = {name for name in linear if writers[name].bias}
     inner = not dora and len(linear) == len(writers) == len(biased)  # PEFT's lora_bias is for all modules or none
     tensors: dict[str, Tensor] = {}

@@ -20,12 +20,12 @@ from perpend.core.edits import Edit
 from perpend.core.maps import ModuleEdit, edit_bias, edit_weight
 from perpend.core.quant import GROUP, LEVELS, RANGES, Cost, preserve, simulate
 from perpend.errors import GateFailed, RunFailed, UsageError, nearest
-from perpend.export.checkpoint import read_range
 from perpend.export.gguf_file import Replacement, appearing, layouts, targets, text_pairs, write
 from perpend.export.gguf_names import find
 from perpend.export.shards import ExportResult
 from perpend.export.verify import LeakRow, Untouched, leak_row, require_realised
 from perpend.models.gguf import Layout, TensorInfo
+from perpend.models.headers import read_range
 from perpend.progress import note, track
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from perpend.errors import RunFailed, UsageError
-from perpend.export.checkpoint import read_range
 from perpend.models.gguf import Layout, TensorInfo, layout
+from perpend.models.headers import read_range
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _CHUNK = 8 << 20

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from perpend.errors import UsageError
-from perpend.export.checkpoint import Checkpoint, TensorEntry
+from perpend.export.checkpoint import Checkpoint
+from perpend.models.headers import TensorEntry
 
 if TYPE_CHECKING:
     from perpend.models.anatomy import Anatomy, Writer

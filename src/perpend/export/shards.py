@@ -26,8 +26,9 @@ from perpend.core.edits import Edit
 from perpend.core.maps import ModuleEdit, edit_bias, edit_weight
 from perpend.core.quant import GROUP, RANGES, Cost, preserve
 from perpend.errors import RunFailed, UsageError, nearest
-from perpend.export.checkpoint import INDEX, Checkpoint, TensorEntry, files, read_header, read_into, read_range
+from perpend.export.checkpoint import INDEX, Checkpoint, files
 from perpend.export.names import Locator, TensorSlice, overlapping
+from perpend.models.headers import TensorEntry, read_header, read_into, read_range
 from perpend.progress import track
 
 try:

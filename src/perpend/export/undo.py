@@ -31,9 +31,10 @@ from torch import Tensor
 from perpend.core.linear import double, orthonormalise
 from perpend.core.maps import BLOCK, Geometry, ModuleEdit
 from perpend.errors import RunFailed, UsageError
-from perpend.export.checkpoint import Checkpoint, read_range
+from perpend.export.checkpoint import Checkpoint
 from perpend.export.names import TORCH_DTYPES
 from perpend.export.shards import ExportResult, Patch
+from perpend.models.headers import read_range
 from perpend.progress import track
 
 UNDO = "original.undo"

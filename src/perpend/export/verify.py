@@ -20,8 +20,9 @@ from perpend.core.leak import Realised, realised
 from perpend.core.maps import ModuleEdit
 from perpend.core.quant import RANGES, simulate
 from perpend.errors import GateFailed, RunFailed
-from perpend.export.checkpoint import Checkpoint, files, read_range
+from perpend.export.checkpoint import Checkpoint, files
 from perpend.export.names import Locator, TensorSlice
+from perpend.models.headers import read_range
 from perpend.progress import track
 
 if TYPE_CHECKING:

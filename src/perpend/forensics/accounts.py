@@ -33,7 +33,7 @@ from perpend.core.linear import orthonormalise
 from perpend.core.maps import Geometry, HookMap, blocks, inverse
 from perpend.core.quant import GROUP, LEVELS, RANGES, simulate
 from perpend.errors import PerpendError
-from perpend.forensics.spectrum import Difference, Spectrum, spectrum
+from perpend.forensics.spectrum import Difference, Spectrum, of_difference, spectrum
 
 MODES = ("plain", "column", "row", "weighted")
 """Ways to take a direction out of a matrix, the simplest first."""
@@ -143,7 +143,7 @@ def _fitted(
     before: Tensor, after: Tensor, sizes: Difference, side: str, plain: Spectrum | None, rows: Spectrum
 ) -> Ablation:
     """Fit every mode, and as many directions as are worth it."""
-    plain = plain or spectrum(partial(_columns, before, after, "plain", None), before.shape, LARGEST)
+    plain = plain or of_difference(before, after, LARGEST)
     best: Ablation | None = None
     for k in range(1, min(LARGEST, *before.shape) + 1):
         made: list[Ablation] = []
@@ -206,9 +206,7 @@ def explains(before: Tensor, after: Tensor, sizes: Difference, made: HookMap) ->
     """
     exact = rounded = 0.0
     for columns, (w, new) in blocks(before, after):
-        expected = w - made.factor * made.write.mT @ (made.read @ w)
-        expected = expected if made.output_scale is None else expected * made.output_scale[:, None]
-        expected = expected if made.input_scale is None else expected * made.input_scale[columns]
+        expected = made.edited(w, columns)
         exact += float((new - expected).square().sum())
         rounded += float((new - expected.to(after.dtype).double()).square().sum())
     missed = min(max(0.0, exact - sizes.rounding), rounded)

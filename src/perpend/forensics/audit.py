@@ -168,7 +168,9 @@ def audit_writers(writers: Writers, directions: Mapping[str, Tensor], base: Path
         k, d = rows_of.shape
         if d != writer.d_out:
             raise UsageError(f"directions of {d} dimensions", where=writer.name, valid=f"{writer.d_out}, as the model")
-        frames = torch.cat([orthonormalise(rows_of)[None], random.setdefault(k, controls(k, d))])
+        if k not in random:
+            random[k] = controls(k, d)
+        frames = torch.cat([orthonormalise(rows_of)[None], random[k]])
         found = []
         for piece in pieces:
             matrix = writers.read(piece)

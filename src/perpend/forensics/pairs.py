@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from perpend.errors import UsageError
-from perpend.export.checkpoint import Checkpoint, TensorEntry
+from perpend.export.checkpoint import Checkpoint
 from perpend.export.names import TORCH_DTYPES
+from perpend.models.headers import TensorEntry
 
 CHUNK = 8 << 20
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)$")

@@ -13,7 +13,8 @@ import torch
 from perpend.config import Machine
 from perpend.errors import PerpendError, UsageError, nearest
 from perpend.judges.labels import RefusalClassifier
-from perpend.models.load import pick_device, silenced
+from perpend.models.memory import pick_device
+from perpend.models.quiet import silenced
 from perpend.progress import note, track
 from perpend.refs import ModelRef
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perpend.config import Machine
-from perpend.models.load import free_memory
+from perpend.models.memory import free_memory
 from perpend.models.sequence import text_config
 
 CPU_FORWARD = 2048

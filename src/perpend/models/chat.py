@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perpend.data import Prompt
 from perpend.errors import MissingExtra, UsageError
-from perpend.models.load import silenced
+from perpend.models.quiet import silenced
 
 Message = Mapping[str, Any]
 

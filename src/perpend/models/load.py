@@ -24,15 +24,13 @@ from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf
 from perpend.models.files import check_files
-from perpend.models.memory import free_memory as free_memory
-from perpend.models.memory import pick_device as pick_device
-from perpend.models.offload import Shelf
-from perpend.models.offload import require_finite as require_finite
+from perpend.models.memory import free_memory, pick_device
+from perpend.models.offload import Shelf, require_finite
 from perpend.models.parallel import World
 from perpend.models.places import READ, Part, Plan, parts, plan
 from perpend.models.quantised import WIDTH, require_usable
 from perpend.models.quantised import settings as quantised_settings
-from perpend.models.quiet import silenced as silenced
+from perpend.models.quiet import silenced
 from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
 

@@ -11,10 +11,8 @@ and so does every token of all replies together; the model's own code runs uncha
 from __future__ import annotations
 
 import gc
-import json
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch.nn import functional
 
 from perpend.errors import RunFailed
 from perpend.models.convoy import Convoy, Outcome
+from perpend.models.headers import read_header, read_into
 
 T = TypeVar("T")
 
@@ -72,30 +71,13 @@ class Place:
             return torch.empty(shape, dtype=self.dtype)
         memory = mmap(-1, size)  # goes back to the system at once, which what malloc gives need not
         tensor = torch.frombuffer(memory, dtype=self.dtype).view(shape)
-        width, view = size // max(1, last - first), memoryview(memory)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.begin + first * width)
-                while view:
-                    count = file.readinto(view[: 1 << 30])
-                    if not count:
-                        raise RunFailed("became shorter while it was read", where=str(self.path))
-                    view = view[count:]
-        except OSError as error:
-            raise RunFailed(f"cannot be read: {error.strerror}", where=str(self.path)) from None
+        read_into(self.path, self.begin + first * (size // max(1, last - first)), memoryview(memory))
         return tensor
 
 
 def places(path: Path) -> dict[str, Place]:
     """Return where the tensors of a safetensors file lie, from its header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: Place(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        for name, entry in header.items()
-    }
+    return {entry.name: Place(path, entry.begin, entry.shape, DTYPES[entry.dtype]) for entry in read_header(path)}
 
 
 class Pages(Mapping[str, Tensor]):
@@ -103,13 +85,12 @@ class Pages(Mapping[str, Tensor]):
 
     Attributes:
         bytes_read: So far.
-        seconds: Spent reading them.
     """
 
     def __init__(self, loader: Any) -> None:
         """Take the place of an `OffloadedWeightsLoader` of accelerate, whose index says where parameters lie."""
         self.loader = loader
-        self.bytes_read, self.seconds = 0, 0.0
+        self.bytes_read = 0
         self._files: dict[str, dict[str, Place]] = {}
         self._ahead: dict[str, Tensor] = {}
         self._lock = threading.Lock()
@@ -132,10 +113,8 @@ class Pages(Mapping[str, Tensor]):
         if found is None:
             held: Tensor = self.loader.state_dict[name]
             return held if rows is None else held[rows[0] : rows[1]]
-        began = time.perf_counter()
         tensor = found[0].read(rows)
         self.bytes_read += tensor.nbytes
-        self.seconds += time.perf_counter() - began
         return tensor.to(found[1])
 
     def fetch(self, names: Sequence[str]) -> None:
@@ -275,7 +254,7 @@ class Shelf:
         self.device, self.units = device, list[Unit | Slice]()
         self._convoy: Convoy[Any] | None = None
         self._reader = ThreadPoolExecutor(1) if ahead else None
-        self._next: tuple[Unit | Slice, Future[None]] | None = None
+        self._reading: Future[None] | None = None
         self._at: Unit | Slice | None = None
         self.pages = self._take_over(model)
         head = cast(Any, model).get_output_embeddings()
@@ -355,16 +334,14 @@ class Shelf:
         if self._at is unit:
             return
         self.clear()
-        if self._next is not None:
-            _, reading = self._next
-            self._next = None
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
             reading.result()
         unit.load()
         self._at = unit
         k = self.units.index(unit) + 1
         if self._reader is not None and k < len(self.units) and self.units[k].names():
-            after = self.units[k]
-            self._next = after, self._reader.submit(self.pages.fetch, after.names())
+            self._reading = self._reader.submit(self.pages.fetch, self.units[k].names())
 
     def clear(self) -> None:
         """Have no unit in memory."""

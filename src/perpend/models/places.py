@@ -55,11 +55,6 @@ class Plan:
     read: int = 0
     unit: int = 0
 
-    @property
-    def offloads(self) -> bool:
-        """Whether some part is not where it computes."""
-        return self.read + self.held > 0
-
 
 def parts(model: nn.Module, width: float) -> list[Part]:
     """Cut a model into parts, in its own order.

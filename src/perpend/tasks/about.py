@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -39,7 +38,7 @@ def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dic
         "recipe_hash": recipe.hash(),
         "seed": recipe.seed,
         "model": {
-            "id": ref.name if ref.kind == "hub" else Path(ref.name).resolve().name,
+            "id": ref.title,
             "kind": ref.kind,
             "revision": source.revision,
             "architecture": session.anatomy.architecture,

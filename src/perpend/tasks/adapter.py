@@ -70,7 +70,7 @@ def adapter(
     session = open_session(model, found, machine or Machine())
     require_fitting(session, chosen)
     ref, at = session.loaded.ref, session.loaded.source.revision
-    base = ref.name if ref.kind == "hub" else Path(ref.name).resolve().name
+    base = ref.title
     with original(session, output) as folder, appearing(output) as partial:
         made = write_adapter(folder, chosen, session.anatomy, session.model, partial, base=base, revision=at, rank=rank)
         chosen.save(partial / EDIT)

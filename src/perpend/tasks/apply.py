@@ -29,6 +29,7 @@ from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate, pass_gate, reference
 from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
+from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import partial_of, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import (
@@ -42,7 +43,7 @@ from perpend.tasks.recipes import (
     require_written,
     write_recipe,
 )
-from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting, versions
+from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
 from perpend.tasks.undo import Undone, take_back
 
 
@@ -67,20 +68,7 @@ class Applied:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "task": "apply",
-            "output": self.output,
-            "model": self.model,
-            "modules": self.modules,
-            "seconds": self.seconds,
-            "dry_run": self.dry_run,
-            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
-            "versions": versions(),
-            **({"about": dict(self.about)} if self.about else {}),
-            **({"edit": dict(self.edit)} if self.edit else {}),
-            **({"export": self.export.to_json()} if self.export else {}),
-            **({"gate": self.gate.to_json()} if self.gate else {}),
-        }
+        return outcome_json("apply", self, {"modules": self.modules}, {"export": self.export, "gate": self.gate})
 
 
 @contextmanager

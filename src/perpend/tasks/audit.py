@@ -17,8 +17,7 @@ from perpend.errors import UsageError
 from perpend.forensics.audit import AVOIDED, Avoided, Writers, Written, audit_writers, avoided
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
-from perpend.refs import ModelRef
-from perpend.tasks.diff import folder_of
+from perpend.tasks.diff import checkpoint_of
 from perpend.tasks.recipes import DIRECTIONS, EDIT
 
 
@@ -94,11 +93,10 @@ def audit(
         UsageError: the model or the directions cannot be read, or do not fit each other.
     """
     started, recipe = time.monotonic(), recipe or Recipe()
-    folder = folder_of(model)
-    source = ModelRef.parse(model).resolve()
+    source = checkpoint_of(model)
     bare = skeleton(source, model, trust_remote_code=recipe.model.trust_remote_code)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
-    writers = Writers(folder, bare, anatomy)
+    writers = Writers(source.path, bare, anatomy)
     rows: list[Written] = []
     search: list[Avoided] = []
     if directions is None:
@@ -107,7 +105,7 @@ def audit(
         search = avoided(writers)
     else:
         asked = _asked(Path(directions), anatomy, layer)
-        rows = audit_writers(writers, asked, folder_of(base) if base is not None else None)
+        rows = audit_writers(writers, asked, checkpoint_of(base).path if base is not None else None)
     told = None if directions is None else str(directions)
     return Audit(model, base, told, tuple(rows), tuple(search), round(time.monotonic() - started, 1))
 

@@ -49,7 +49,7 @@ def card_facts(
     source, ref = session.loaded.source, session.loaded.ref
     rank = max((len(part.directions) for part in edit.modules.values()), default=1)
     return CardFacts(
-        base=ref.name if ref.kind == "hub" else Path(ref.name).name,
+        base=ref.title,
         on_hub=ref.kind == "hub",
         components=describe(edit, session.anatomy),
         n_layers=session.n_layers,

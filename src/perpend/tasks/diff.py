@@ -11,7 +11,7 @@ from perpend.core.edits import Edit, ModuleEdit
 from perpend.core.kinds import Mode
 from perpend.errors import UsageError
 from perpend.forensics.examine import Examination, examine
-from perpend.refs import ModelRef
+from perpend.refs import ModelRef, Resolved
 from perpend.tasks.output import require_free
 
 
@@ -40,8 +40,8 @@ class Diff:
         }
 
 
-def folder_of(model: str) -> Path:
-    """Return the folder of a safetensors checkpoint; downloaded first where it is not here.
+def checkpoint_of(model: str) -> Resolved:
+    """Return where a safetensors checkpoint is; downloaded first where it is not here.
 
     Raises:
         UsageError: no such model, or a GGUF file.
@@ -49,7 +49,7 @@ def folder_of(model: str) -> Path:
     source = ModelRef.parse(model).resolve()
     if source.gguf_file:
         raise UsageError("a GGUF file: only safetensors checkpoints are compared", where=model)
-    return source.path
+    return source
 
 
 def diff(base: str, other: str, *, third: str | None = None, output: Path | None = None) -> Diff:
@@ -70,7 +70,9 @@ def diff(base: str, other: str, *, third: str | None = None, output: Path | None
     started = time.monotonic()
     if output is not None:
         require_free(Path(output))
-    found = examine(folder_of(base), folder_of(other), folder_of(third) if third is not None else None)
+    found = examine(
+        checkpoint_of(base).path, checkpoint_of(other).path, checkpoint_of(third).path if third is not None else None
+    )
     wrote = None
     if output is not None and (edit := recovered(found, base, other)) is not None:
         edit.save(output)

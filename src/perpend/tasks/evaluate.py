@@ -18,11 +18,12 @@ from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, measure, pairs
+from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import find_edit
 from perpend.tasks.report import Report, report
-from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting, versions
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        seen: dict[str, Any] | None = None
-        if self.report:
-            seen = self.report.to_json()
-        elif self.before:
-            seen = {"before": self.before.to_json(), "pairs": pairs(self.before)}
-        return {
-            "task": "eval",
-            "output": self.output,
-            "model": self.model,
-            "prompts": self.prompts,
-            "seconds": self.seconds,
-            "dry_run": self.dry_run,
-            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
-            "versions": versions(),
-            **({"about": dict(self.about)} if self.about else {}),
-            **({"edit": dict(self.edit)} if self.edit else {}),
-            **({"report": seen} if seen else {}),
-        }
+        alone = None
+        if self.before and not self.report:
+            alone = {"before": self.before.to_json(), "pairs": pairs(self.before)}
+        return outcome_json("eval", self, {"prompts": self.prompts}, {"report": self.report or alone})
 
 
 def listed(measured: Measured) -> str:

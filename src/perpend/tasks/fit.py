@@ -15,10 +15,11 @@ from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
+from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import DIRECTIONS, EDIT, pinned, write_recipe
-from perpend.tasks.setup import journal_key, open_session, open_splits, versions
+from perpend.tasks.setup import journal_key, open_session, open_splits
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,7 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "task": "fit",
-            "output": self.output,
-            "model": self.model,
-            "prompts": self.prompts,
-            "seconds": self.seconds,
-            "dry_run": self.dry_run,
-            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
-            "versions": versions(),
-            **({"about": dict(self.about)} if self.about else {}),
-            **({"edit": dict(self.edit)} if self.edit else {}),
-            **({"fit": self.fitted.to_json()} if self.fitted else {}),
-        }
+        return outcome_json("fit", self, {"prompts": self.prompts}, {"fit": self.fitted})
 
 
 def fit(

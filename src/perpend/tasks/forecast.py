@@ -14,11 +14,13 @@ from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
-from perpend.export.checkpoint import files, read_range
+from perpend.export.checkpoint import files
 from perpend.fitting.behaviour import TOKENS
 from perpend.fitting.plan import weight_factors
 from perpend.models.anatomy import Anatomy
-from perpend.models.load import free_memory, pick_device, skeleton
+from perpend.models.headers import read_range
+from perpend.models.load import skeleton
+from perpend.models.memory import free_memory, pick_device
 from perpend.models.places import ROOM, Plan, parts, plan
 from perpend.models.quantised import WIDTH
 from perpend.progress import note

@@ -182,7 +182,7 @@ def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[
 
 def named(ref: ModelRef) -> str:
     """Return what to call a model in a file that travels: its hub id, or a file's name without its folder."""
-    return str(ref) if ref.kind == "hub" else Path(ref.name).name
+    return str(ref) if ref.kind == "hub" else ref.title
 
 
 def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:

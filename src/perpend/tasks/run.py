@@ -23,10 +23,11 @@ from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
 from perpend.tasks.journal import Journal, journal
+from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.report import Report, report
-from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, versions
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
 
 Tell = Callable[[str, dict[str, Any]], None]
 """Is told each part of the result as soon as it is known: `tell(name, data)`."""
@@ -57,27 +58,9 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        parts: dict[str, Any] = {
-            "fit": self.fitted,
-            "report": self.report,
-            "export": self.export,
-            "gate": self.gate,
-        }
-        return {
-            "task": "run",
-            "output": self.output,
-            "model": self.model,
-            "architecture": self.architecture,
-            "coverage": list(self.coverage),
-            "prompts": self.prompts,
-            "seconds": self.seconds,
-            "dry_run": self.dry_run,
-            **({"forecast": self.forecast.to_json()} if self.forecast else {}),
-            "versions": versions(),
-            **({"about": dict(self.about)} if self.about else {}),
-            **({"edit": dict(self.edit)} if self.edit else {}),
-            **{name: part.to_json() for name, part in parts.items() if part is not None},
-        }
+        facts = {"architecture": self.architecture, "coverage": list(self.coverage), "prompts": self.prompts}
+        parts = {"fit": self.fitted, "report": self.report, "export": self.export, "gate": self.gate}
+        return outcome_json("run", self, facts, parts)
 
 
 class Clock:

@@ -11,6 +11,7 @@ from perpend import __version__
 from perpend.core.directions import Directions
 from perpend.errors import UsageError
 from perpend.export.control_vector import shifts, write_control_vector
+from perpend.export.gguf_file import appearing
 from perpend.tasks.pages import REPORT
 from perpend.tasks.recipes import DIRECTIONS
 
@@ -47,19 +48,12 @@ def vector(source: str | Path, *, output: Path, layers: str | None = None) -> Ve
     path = given / DIRECTIONS if given.is_dir() else given
     if not path.is_file():
         raise UsageError(f"no {DIRECTIONS}", where=str(given), hint="perpend fit MODEL -o fit")
-    if output.exists():
-        raise UsageError("already exists", where=str(output), hint="choose another -o/--output")
     directions = Directions.load(path)
     span = _span(layers) if layers is not None else _chosen(path.parent / REPORT, directions.n_layers)
     made = shifts(directions, span)
-    partial = output.with_name(output.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     about = {"general.name": f"{output.stem}", "perpend.version": __version__, "perpend.method": directions.method}
-    try:
+    with appearing([output]) as (partial,):
         size = write_control_vector(partial, made, hint=_model(directions), about=about)
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
     norms = tuple(round(float(v.norm()), 4) for v in made.values())
     return Vector(str(output), tuple(made), norms, size)
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from perpend.errors import MissingExtra, UsageError
-from perpend.models.load import Loaded, silenced
+from perpend.models.load import Loaded
+from perpend.models.quiet import silenced
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
