@@ -33,6 +33,8 @@ BLOCKS = (
 )
 """How reasoning begins and ends, by family."""
 
+SEES_NOT = "this model takes no images"
+
 
 def strip_reasoning(text: str) -> str:
     """Return the answer in `text`: what follows its reasoning, and nothing when the reasoning never ended.
@@ -169,6 +171,32 @@ class Chat:
                 encoded[row] = self._spelled(conversation, encoded[row])
         return [self._one_bos(ids) for ids in encoded]
 
+    def conversation(self, messages: Sequence[Message], images: Sequence[Any] = ()) -> dict[str, Tensor]:
+        """Return the model inputs of one conversation, up to where the model's answer begins.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`; content is text, or parts `{"type": "text", "text": ...}` and
+                `{"type": "image"}`. The system prompt is put in front where the first is none.
+            images: Pillow images, as many as the messages hold places for.
+
+        Raises:
+            UsageError: the template refuses the conversation, or the model takes no images.
+        """
+        head = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
+        turns = [{**turn, "content": self._content(turn["content"])} for turn in (*head, *messages)]
+        if images:
+            return self._processed([turns], [list(images)])
+        return self.pack(self.encode_messages([turns])).inputs
+
+    def _content(self, content: str | Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+        """Return the content of a turn as the template takes it: parts where there is a processor, text elsewhere."""
+        parts: list[Mapping[str, Any]] = (
+            [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        )
+        if self.processor is None and not any(part["type"] == "image" for part in parts):
+            return "\n".join(part["text"] for part in parts)
+        return parts
+
     def _render(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         from jinja2 import TemplateError
 
@@ -250,17 +278,26 @@ class Chat:
     def _with_images(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Run the processor on prompts that all have an image; left-padded."""
         if self.processor is None:
-            raise UsageError("this model takes no images", where=str(prompts[0].image))
+            raise UsageError(SEES_NOT, where=str(prompts[0].image))
+        return self._processed([self.messages(p) for p in prompts], [[read_image(str(p.image))] for p in prompts])
+
+    def _processed(
+        self, conversations: Sequence[Sequence[Message]], images: Sequence[Sequence[Any]]
+    ) -> dict[str, Tensor]:
+        """Run the processor on conversations and the images that they hold places for; left-padded."""
+        if self.processor is None:
+            raise UsageError(SEES_NOT)
+        parts = [part for turns in conversations for turn in turns for part in turn["content"]]
+        said = [str(part["text"]) for part in parts if part["type"] == "text"]
         for token in self._special:  # a processor reads it as what it spells, such as the place of one more image
-            if any(token in p.text for p in prompts):
+            if any(token in text for text in said):
                 raise UsageError(f"the text of a prompt with an image spells the control token {token}")
-        images = [[read_image(str(p.image))] for p in prompts]
-        texts = [_close(text) for text in self._render([self.messages(p) for p in prompts])]
+        texts = [_close(text) for text in self._render(conversations)]
         bos = self.tokenizer.bos_token
         if self._adds_bos:
             texts = [text if text.startswith(bos) else bos + text for text in texts]
         options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
-        return dict(self.processor(text=texts, images=images, **options))
+        return dict(self.processor(text=texts, images=[list(seen) for seen in images], **options))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the answer that generated ids hold: no special tokens, no reasoning."""

@@ -57,6 +57,11 @@ def in_place(steps: Iterable[Install]) -> Iterator[None]:
         yield
 
 
+def only_hooks(steps: Sequence[Install]) -> bool:
+    """Whether putting steps in place and undoing them costs next to nothing, since no tensor is overwritten."""
+    return all(isinstance(step, partial) and step.func is _hook for step in steps)
+
+
 def _map(module: nn.Module, writer: Writer, part: ModuleEdit) -> HookMap:
     """Return the map of one module, on its device, in the dtype in which it computes."""
     parameter = getattr(module, writer.parameter)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class Sampling:
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}",
                 valid="temperature > 0, top_k >= 0, 0 < top_p <= 1; no sampling at all is greedy",
             )
+
+    def seed_of(self, names: Sequence[str]) -> int:
+        """Return the seed for what is named so, the same whatever was drawn before."""
+        digest = hashlib.sha256(f"{self.seed} {' '.join(names)}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
 
     @classmethod
     def of(cls, model: Any, seed: int = 0) -> Sampling:

@@ -7,7 +7,6 @@ as many as a budget of padded tokens allows; a batch that does not fit into memo
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from perpend.models.parallel import World
 from perpend.models.replies import Reply, ReplyLog, Sampling
 from perpend.models.runner import every
 from perpend.models.sequence import residual
+from perpend.models.streaming import Answers, Ask
 from perpend.progress import track
 
 __all__ = ["Batch", "Reply", "ReplyLog", "Sampling", "Session"]
@@ -80,6 +80,11 @@ class Session:
     def anatomy(self) -> Anatomy:
         """Layers and writers of the model; found when first asked for."""
         return Anatomy.of(self.model, self._overrides)
+
+    @property
+    def cuda(self) -> list[torch.device]:
+        """The session's device where it has random numbers of its own."""
+        return [self.device] if self.device.type == "cuda" else []
 
     @property
     def n_layers(self) -> int:
@@ -214,7 +219,7 @@ class Session:
         if edit is None:
             yield
             return
-        with self._held(self._prepare(edit)):
+        with self.held(self.prepare(edit)):
             yield
 
     def under(self, edit: Edit | None) -> Callable[[Batch], Tensor]:
@@ -223,15 +228,20 @@ class Session:
         Raises:
             UsageError: an edit is in place now, or will be when a batch comes, or this one names no writer.
         """
-        steps = self._prepare(edit) if edit is not None else []
+        steps = self.prepare(edit) if edit is not None else []
 
         def logits(batch: Batch) -> Tensor:
-            with self._held(steps):
+            with self.held(steps):
                 return self.logits(batch)
 
         return logits
 
-    def _prepare(self, edit: Edit) -> list[Install]:
+    def prepare(self, edit: Edit) -> list[Install]:
+        """Return what puts an edit in place, for `held`.
+
+        Raises:
+            UsageError: an edit is in place already, or this one names a module that is no writer.
+        """
         self._require_unedited()
         return prepare(self.model, [self.anatomy.writer(name) for name in edit.modules], edit)
 
@@ -240,7 +250,12 @@ class Session:
             raise UsageError("an edit is in place already; two at once are never what was measured")
 
     @contextmanager
-    def _held(self, steps: list[Install]) -> Iterator[None]:
+    def held(self, steps: list[Install]) -> Iterator[None]:
+        """Put a prepared edit in place inside the block.
+
+        Raises:
+            UsageError: an edit is in place already.
+        """
         self._require_unedited()
         self._edited = True
         try:
@@ -281,7 +296,7 @@ class Session:
         groups = plan(lengths, most, self.budget.rows, apart=seen)
         missing = [group for group in groups if not all(k in known for k in group)]
         made: dict[int, Reply] = {}
-        settings = self._settings(max_new_tokens, sampling)
+        settings = self.settings(max_new_tokens, sampling)
         with load.generation(self.model, **settings) as config:
             work = self._run(
                 missing,
@@ -296,7 +311,8 @@ class Session:
                         store[prompts[k].id] = reply
         return [known[k] if k in known else made[k] for k in range(len(prompts))]
 
-    def _settings(self, max_new_tokens: int, sampling: Sampling | None) -> dict[str, Any]:
+    def settings(self, max_new_tokens: int, sampling: Sampling | None) -> dict[str, Any]:
+        """Return what `load.generation` takes."""
         draw: dict[str, Any] = {"do_sample": False}
         if sampling is not None:
             draw = {"do_sample": True, "temperature": sampling.temperature}
@@ -328,9 +344,8 @@ class Session:
         if sampling is None:
             yield
             return
-        digest = hashlib.sha256(f"{sampling.seed} {' '.join(names)}".encode()).digest()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        with torch.random.fork_rng(self.cuda):
+            torch.manual_seed(sampling.seed_of(names))
             yield
 
     def stream(
@@ -343,37 +358,15 @@ class Session:
             sampling: How tokens are drawn; greedy by default.
             max_new_tokens: Where the answer is cut, if the model's context does not end before.
         """
-        from transformers import TextIteratorStreamer
+        yield from (piece for _, piece in self.answers([Ask(messages, None, sampling, max_new_tokens)]) if piece)
 
-        head = [{"role": "system", "content": self.chat.system}] if self.chat.system else []
-        ids = self.chat.encode_messages([[*head, *messages]])
-        inputs, _ = self._inputs([0], [], ids)
-        if self.budget.context is not None:
-            max_new_tokens = max(1, min(max_new_tokens, self.budget.context - len(ids[0])))
-        streamer: Any = TextIteratorStreamer(self.chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped, failure = threading.Event(), list[BaseException]()
+    def answers(self, asks: Sequence[Ask]) -> Answers:
+        """Return answers to several conversations, which grow side by side, each under its own edit.
 
-        def work() -> None:
-            try:
-                settings = self._settings(max_new_tokens, sampling)
-                with load.generation(self.model, **settings) as config, self._seeded(sampling, [str(ids)]):
-                    stop = [lambda tokens, scores, **_: torch.full((1,), stopped.is_set(), device=tokens.device)]
-                    self.model.generate(
-                        **inputs, generation_config=config, streamer=streamer, stopping_criteria=load.stopping(stop)
-                    )
-            except BaseException as error:
-                failure.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stopped.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+        Raises:
+            UsageError: a conversation that cannot be answered, or an edit that is not one of this model.
+        """
+        return Answers(self, asks)
 
     # ---------------------------------------------------------------------------------------------------- score
 
