@@ -12,6 +12,7 @@ from perpend.core.stats import (
     mcnemar_exact,
     paired_bootstrap,
     paired_wilson,
+    rogan_gladen,
     spearman,
     wilson,
 )
@@ -40,6 +41,50 @@ def test_wilson_at_the_ends():
     for k, n in [(-1, 10), (11, 10)]:
         with pytest.raises(UsageError):
             wilson(k, n)
+
+
+COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(rate=COUNTS, sensitivity=COUNTS, specificity=COUNTS)
+@settings(max_examples=300, deadline=None)
+def test_a_corrected_rate_lies_in_its_interval_and_in_0_to_1(rate, sensitivity, specificity):
+    se, sp = (a / b for a, b in (sensitivity, specificity))
+    if se + sp <= 1:
+        with pytest.raises(UsageError, match="chance"):
+            rogan_gladen(*rate, sensitivity, specificity)
+        return
+    found, low, high = rogan_gladen(*rate, sensitivity, specificity)
+    assert 0 <= low <= found <= high <= 1
+    share = found * se + (1 - found) * (1 - sp)  # the judge, applied to the corrected rate, says what it said
+    if 0 < found < 1:
+        assert share == pytest.approx(rate[0] / rate[1])
+    turned = rogan_gladen(rate[1] - rate[0], rate[1], specificity, sensitivity)
+    assert turned == pytest.approx((1 - found, 1 - high, 1 - low))
+
+
+def test_a_judge_that_never_errs_corrects_nothing():
+    found, low, high = rogan_gladen(60, 100, (10**9, 10**9), (10**9, 10**9))
+    assert found == pytest.approx(0.6)
+    assert (low, high) == pytest.approx(wilson(60, 100), abs=0.01)
+
+
+def test_corrected_by_hand():
+    assert rogan_gladen(70, 100, (90, 100), (80, 100))[0] == pytest.approx((0.7 + 0.8 - 1) / 0.7)
+    assert rogan_gladen(5, 100, (90, 100), (80, 100))[0] == 0.0
+    for counts in [(0, 0), (3, 2)]:
+        with pytest.raises(UsageError, match="of"):
+            rogan_gladen(1, 2, counts, (1, 1))
+
+
+@pytest.mark.parametrize("truth", [0.05, 0.3, 0.7, 0.92])
+@pytest.mark.parametrize(("se", "sp"), [(0.95, 0.98), (0.8, 0.9)])
+def test_the_interval_of_a_corrected_rate_covers_the_truth(truth, se, sp):
+    rng = np.random.default_rng(0)
+    said = rng.binomial(200, truth * se + (1 - truth) * (1 - sp), 1000)
+    right, wrong = rng.binomial(80, se, 1000), rng.binomial(60, sp, 1000)
+    found = [rogan_gladen(int(k), 200, (int(a), 80), (int(b), 60)) for k, a, b in zip(said, right, wrong, strict=True)]
+    assert np.mean([low <= truth <= high for _, low, high in found]) >= 0.935
 
 
 @given(b=st.integers(0, 60), c=st.integers(0, 60))

@@ -34,6 +34,46 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     return (0.0 if k == 0 else max(0.0, centre - reach)), (1.0 if k == n else min(1.0, centre + reach))
 
 
+def rogan_gladen(
+    k: int, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int], z: float = Z95
+) -> tuple[float, float, float]:
+    """Return the rate that a judge of known error would have found had it not erred, with its interval.
+
+    The rate is (p + Sp - 1) / (Se + Sp - 1), cut to 0 and 1 (Rogan & Gladen 1978, "Estimating prevalence from the
+    results of a screening test"). The interval is that of Lang & Reiczigel 2014, "Confidence limits for prevalence of
+    disease adjusted for estimated sensitivity and specificity": Agresti-Coull counts, the delta method over all three
+    samples, and a shift for its bias. It is widened to hold the rate where it would not.
+
+    Args:
+        k: Replies that the judge calls positive.
+        n: Replies that it judged.
+        sensitivity: Of replies known to be positive, how many it called so, and how many there were.
+        specificity: Of replies known to be negative, how many it called so, and how many there were.
+        z: Quantile of the normal distribution.
+
+    Returns:
+        Corrected rate, lower and upper bound.
+
+    Raises:
+        UsageError: counts that are none, nothing judged, or a judge no better than chance (Se + Sp ≤ 1).
+    """
+    samples = ((k, n), sensitivity, specificity)
+    if not all(0 <= part <= whole and whole for part, whole in samples):
+        raise UsageError(" and ".join(f"{part} of {whole}" for part, whole in samples), valid="0 to n of n, n above 0")
+    p, se, sp = (part / whole for part, whole in samples)
+    if se + sp <= 1:
+        raise UsageError(f"sensitivity {se:.2f} and specificity {sp:.2f} are no better than chance")
+    counts = [(part + extra / 2, whole + extra) for (part, whole), extra in zip(samples, (z * z, 2, 2), strict=True)]
+    (q, m), (a, na), (b, nb) = [(part / whole, whole) for part, whole in counts]
+    youden = max(a + b - 1, 1e-9)
+    rate = (q + b - 1) / youden
+    va, vb = a * (1 - a) / na, b * (1 - b) / nb
+    middle = rate + 2 * z * z * (rate * va - (1 - rate) * vb)
+    reach = z * math.sqrt(q * (1 - q) / m + va * rate**2 + vb * (1 - rate) ** 2) / youden
+    found, low, high = (min(1.0, max(0.0, x)) for x in ((p + sp - 1) / (se + sp - 1), middle - reach, middle + reach))
+    return found, min(found, low), max(found, high)
+
+
 def mcnemar_exact(b: int, c: int) -> float:
     """Return the two-sided exact McNemar p-value of a paired comparison; 1 when nothing changed.
 
