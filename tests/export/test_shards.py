@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import pico
 from perpend.core.edits import Edit, ModuleEdit, edit_weight
 from perpend.errors import GateFailed, RunFailed, UsageError
-from perpend.export import shards
+from perpend.export import shards, staging
 from perpend.export.checkpoint import INDEX, SINGLE, Checkpoint
 from perpend.export.shards import bake
 from perpend.models.anatomy import Anatomy
@@ -86,9 +86,10 @@ def test_every_mode_with_biases_and_two_directions(tmp_path, pico_dir, family, m
     )
 
 
+@pytest.mark.parametrize("mode", ["plain", "column"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_one_rounding_to_the_tensors_own_dtype(tmp_path, dtype):
-    case = Case(pico.save("llama", tmp_path / "source", dtype=dtype), dtype, mode="column")
+def test_one_rounding_to_the_tensors_own_dtype(tmp_path, dtype, mode):
+    case = Case(pico.save("llama", tmp_path / "source", dtype=dtype), dtype, mode=mode)
     case.bake(tmp_path / "out")
     old, new = load_file(tmp_path / "source" / SINGLE), load_file(tmp_path / "out" / SINGLE)
     for name, part in case.edit.modules.items():
@@ -244,7 +245,7 @@ def test_copy_without_kernel_support_is_the_same_copy(llama, tmp_path, monkeypat
 
 
 def _writing(folder: Path, ready, done) -> None:
-    with shards.staged(folder, 0):
+    with staging.staged(folder, 0):
         ready.set()
         done.wait(20)
 

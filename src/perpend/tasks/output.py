@@ -77,7 +77,7 @@ def appearing(out: Path) -> Iterator[Path]:
         UsageError: `out` is there and not empty, cannot be written, or `out.partial` is there.
         RunFailed: the disk is full.
     """
-    from perpend.export.shards import staged
+    from perpend.export.staging import staged
 
     require_free(out)
     try:

@@ -1,0 +1,102 @@
+"""A folder that appears whole: written beside its place under a lock, flushed, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perpend.errors import RunFailed, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where a stale folder cannot be told from one that is being written
+    fcntl = None  # type: ignore[assignment]
+
+HEADROOM = 64 << 20
+"""Free disk space asked for beyond the copied bytes: card, recipe, report."""
+
+
+@contextmanager
+def staged(out: Path, need: int) -> Iterator[Path]:
+    """Give a fresh, locked folder `out.partial`; flush it and rename it to `out` when the block ends well.
+
+    Args:
+        out: Absolute path of the folder to appear.
+        need: Bytes about to be written.
+
+    Raises:
+        UsageError: too little free disk space, or `out.partial` exists: says whether a process is writing it.
+        RunFailed: `out` was filled by somebody else meanwhile.
+    """
+    parent = next(p for p in out.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < need + HEADROOM:
+        raise UsageError(
+            f"needs {(need + HEADROOM) / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free", where=str(parent)
+        )
+    unfinished = out.with_name(out.name + ".partial")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir()
+    except FileExistsError:
+        raise _occupied(unfinished) from None
+    lock = _lock(unfinished, wait=True)
+    try:
+        yield unfinished
+        for root, _, names in os.walk(unfinished):
+            for name in (*names, ""):
+                _fsync(Path(root) / name)
+        try:
+            os.rename(unfinished, out)
+        except OSError as error:
+            reason = f"cannot be renamed to {out.name}: {error.strerror}; the finished files are kept"
+            raise RunFailed(reason, where=str(unfinished)) from None
+        _fsync(out.parent)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder; None where that is not possible.
+
+    Raises:
+        BlockingIOError: locked by another process and `wait` is false.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _occupied(partial: Path) -> UsageError:
+    """Say whether an existing `.partial` is being written or was left behind, and what to do."""
+    try:
+        descriptor = _lock(partial, wait=False)
+    except BlockingIOError:
+        return UsageError(
+            "another process is writing this output", where=str(partial), hint="wait for it or choose another folder"
+        )
+    except OSError:
+        return UsageError("is in the way", where=str(partial), hint=f"rm -r {partial}")
+    if descriptor is not None:
+        os.close(descriptor)
+    return UsageError(
+        "an earlier export stopped here; inspect it, then remove it", where=str(partial), hint=f"rm -r {partial}"
+    )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
