@@ -82,8 +82,38 @@ def test_chat_reads_lines_and_answers(cli, model, monkeypatch):
     assert said.code == 0, said.err
     assert "the conversation is forgotten" in said.out
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    turns = cli("chat", model, "--max-new-tokens", "4", "--json").json["messages"]
-    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+    (turn,) = cli("chat", model, "--max-new-tokens", "4", "--json").json["turns"]
+    assert turn["user"] == "Hello"
+    assert list(turn["answers"]) == ["base"]
+    assert "MB" in cli("chat", model, "--dry-run").out
+
+
+def test_answers_cannot_steer_the_terminal(cli, model, monkeypatch):
+    def hostile(self, ids):
+        return "\x1b]0;owned\x07\x1b[2J\u202eabc"
+
+    monkeypatch.setattr("perpend.models.chat.Chat.decode", hostile)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    said = cli("chat", model, "--max-new-tokens", "4")
+    assert r"\x1b]0;owned\x07\x1b[2J\u202eabc" in said.out
+    assert "\x1b" not in said.out
+
+
+def test_columns_show_both_answers_and_only_the_end_of_long_ones_while_they_grow():
+    from rich.console import Console
+
+    from perpend.cli.screen import Columns, side_by_side
+
+    console = Console(width=80, height=20, file=io.StringIO())
+    long = "\n".join(f"line {k}" for k in range(40)) + "\x1b[2J"
+    console.print(side_by_side(console, ["base", "edited × 1"], [long, "short"], 5))
+    shown = console.file.getvalue()
+    assert "line 39\\x1b[2J" in shown
+    assert "line 34" not in shown
+    assert "short" in shown
+    written = []
+    Columns(lambda: None, written.append).answers(["base"], iter([(0, "a"), (0, "b")]))
+    assert "".join(written) == "ab\n"
 
 
 def test_a_model_that_does_not_refuse_is_one_line(cli, model):

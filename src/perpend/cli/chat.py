@@ -1,12 +1,9 @@
-"""`perpend chat`: talk to a model, with or without an edit."""
+"""`perpend chat`: talk to a model, to an edited one, or to both side by side."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from typing import Any
-
 import perpend
+from perpend.cli import views
 from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.errors import Interrupted
@@ -16,56 +13,43 @@ from perpend.errors import Interrupted
     "chat",
     options=(
         "edit",
+        "dry_run",
         "config",
         "assignments",
         "system",
         "chat_template",
         "sample",
         "max_new_tokens",
+        "classifier",
         "seed",
         "revision",
         "trust_remote_code",
         *MACHINE_FLAGS,
     ),
-    examples=("chat ./out", "chat google/gemma-3-4b-it --edit edit --sample"),
+    examples=("chat ./out", "chat google/gemma-3-4b-it --edit out --sample"),
     panel=MEASURE,
 )
 def chat(model: Model = None, *, request: Request) -> None:
-    """Talk to a model, with or without an edit."""
+    """Talk to a model; with an edit, to both side by side.
+
+    Base and edited answers come from the same loaded weights. Lines that begin with a slash are commands: /help lists
+    them, /scale 0.5 halves the edit at once.
+    """
     edit, recipe = request.edit, request.recipe(model)
-    spoken = request.out.style != "json"
+    from perpend.cli.screen import screen_of
+
     try:
-        talk = perpend.chat(
+        result = perpend.chat(
             recipe.model.id,
             edit=edit,
             recipe=recipe,
             machine=request.machine(),
-            read=_read,
-            write=(lambda text: request.out.text(text, end="")) if spoken else (lambda text: None),
+            screen=screen_of(request.out),
+            dry_run=request.dry_run,
         )
     except KeyboardInterrupt:
         raise Interrupted("the conversation was broken off") from None
-    if not spoken:
-        request.out.result(Said(talk.messages), lambda data: iter(()))
-
-
-@dataclass(frozen=True)
-class Said:
-    """A conversation as data."""
-
-    messages: list[dict[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the turns."""
-        return {"messages": self.messages}
-
-
-def _read() -> str | None:
-    """Return the next line that the user types, None at the end; asked for only on a terminal."""
-    asked = sys.stdin.isatty() and sys.stdout.isatty()
-    if asked:
-        import readline  # noqa: F401
-    try:
-        return input("› " if asked else "")
-    except EOFError:
-        return None
+    if request.dry_run:
+        request.out.result(result, views.rehearsal)
+    elif request.out.style == "json":
+        request.out.result(result, lambda data: iter(()))

@@ -13,6 +13,7 @@ from perpend.cli.render import Data
 from perpend.cli.text import printable, seconds
 
 View = Iterator[RenderableType]
+UNKNOWN = "unknown: the model is not on this machine yet"
 
 
 def listing(data: Data) -> View:
@@ -46,14 +47,28 @@ def planned(data: Data) -> View:
     yield from written(data)
 
 
+def rehearsal(data: Data) -> View:
+    """Show a dry run of a conversation or a server: what would be loaded."""
+    size = data["reads"]
+    reads = UNKNOWN if size is None else render.gigabytes(size)
+    edits = data["edited_modules"]
+    facts = {
+        "model": data["model"],
+        "reads": reads,
+        "memory": f"{render.gigabytes(data['memory_free'])} free",
+        "edits": None if edits is None else f"{edits} modules, switched on and off by hooks",
+        "would listen at": data["url"],
+    }
+    yield render.names_and_values(facts)
+
+
 def forecast(data: Data) -> dict[str, str | None]:
     """Return what a task would do, as names and values; unknown sizes are said to be so."""
     if not data:
         return {}
-    unknown = "unknown: the model is not on this machine yet"
 
     def size(name: str) -> str:
-        return unknown if data[name] is None else render.gigabytes(data[name])
+        return UNKNOWN if data[name] is None else render.gigabytes(data[name])
 
     edited = data["edited_parameters"]
     return {

@@ -1,30 +1,42 @@
-"""Talk to a model, with an edit in place that can be scaled or switched off between turns."""
+"""Talk to a model, its edit or both, side by side from the same weights."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 from perpend.config import Machine, Recipe
-from perpend.core.edits import Edit
-from perpend.models.session import Session
-from perpend.tasks.recipes import find_edit
-from perpend.tasks.setup import open_session, require_fitting, sampling
-
-HELP = """\
-/scale X   multiply every weight factor by X: 0 is the base model, 1 the edit as it is, -1 its opposite
-/reset     forget the conversation
-/help      this
-/quit      end (also Ctrl-D)"""
+from perpend.errors import PerpendError
+from perpend.tasks.rehearsal import Rehearsal, rehearse
+from perpend.tasks.setup import open_duet, sampling
+from perpend.tasks.talk import Conversation
 
 Read = Callable[[], str | None]
 """Gives the next line of the user, or None at the end."""
 Write = Callable[[str], None]
 """Takes text to show, without a line end of its own."""
+
+
+class Screen(Protocol):
+    """Where a conversation takes place."""
+
+    def read(self) -> str | None:
+        """Return the next line of the user, None at the end."""
+
+    def say(self, text: str) -> None:
+        """Show what is said by nobody: lines without an end."""
+
+    def answers(self, names: Sequence[str], parts: Iterator[tuple[int, str]]) -> None:
+        """Show answers while they grow.
+
+        Args:
+            names: What each is headed by.
+            parts: Which answer goes on, and how.
+        """
 
 
 def _read() -> str | None:
@@ -40,36 +52,32 @@ def _write(text: str) -> None:
 
 
 @dataclass
-class Conversation:
-    """What was said, and the edit under which the next answer is made."""
+class Plain:
+    """Lines of text: one answer as it grows, several one below the other when all are there."""
 
-    edit: Edit | None
-    scale: float = 1.0
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    next_line: Read = _read
+    write: Write = _write
 
-    @property
-    def in_place(self) -> Edit | None:
-        """The edit at its present scale; None when there is none or it changes nothing."""
-        return self.edit.scaled(self.scale) if self.edit is not None and self.scale else None
+    def read(self) -> str | None:
+        """Return the next line of the user, None at the end."""
+        return self.next_line()
 
-    def command(self, line: str) -> str:
-        """Carry out a line that begins with a slash; returns what to show."""
-        name, _, rest = line.partition(" ")
-        if name == "/reset":
-            self.messages.clear()
-            return "the conversation is forgotten"
-        if name == "/scale" and self.edit is None:
-            return "there is no edit to scale: begin with --edit"
-        if name == "/scale":
-            try:
-                scale = float(rest)
-            except ValueError:
-                scale = math.nan
-            if not math.isfinite(scale):
-                return f"'{rest}' is no number; try: /scale 0.5"
-            self.scale = scale
-            return f"the edit is in place {self.scale:g} times"
-        return HELP if name == "/help" else f"no command {name}; valid: /scale, /reset, /help, /quit"
+    def say(self, text: str) -> None:
+        """Show lines."""
+        self.write(f"{text}\n")
+
+    def answers(self, names: Sequence[str], parts: Iterator[tuple[int, str]]) -> None:
+        """Show answers."""
+        if len(names) == 1:
+            for _, piece in parts:
+                self.write(piece)
+            self.write("\n")
+            return
+        texts = [""] * len(names)
+        for k, piece in parts:
+            texts[k] += piece
+        for name, text in zip(names, texts, strict=True):
+            self.write(f"{name}: {text}\n")
 
 
 def chat(
@@ -78,18 +86,19 @@ def chat(
     edit: Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-    read: Read = _read,
-    write: Write = _write,
-) -> Conversation:
+    screen: Screen | None = None,
+    dry_run: bool = False,
+) -> Conversation | Rehearsal:
     """Talk to a model until the input ends.
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        edit: `edit.safetensors`, or the folder that `fit` or `run` made; applied as hooks, so `/scale` is immediate.
-        recipe: System prompt, sampling, length of answers.
+        edit: `edit.safetensors`, the folder that `fit` or `run` made, or a recipe beside an edit; base and edited model
+            then answer side by side, from the same weights, and `/scale` is immediate.
+        recipe: System prompt, sampling, length of answers, classifier for `/label`.
         machine: Device and dtype.
-        read: Gives the user's lines; the terminal by default.
-        write: Shows text; the terminal by default.
+        screen: Where it takes place; lines of the terminal by default.
+        dry_run: Only say what would be loaded.
 
     Returns:
         What was said.
@@ -97,26 +106,27 @@ def chat(
     Raises:
         UsageError: the model or the edit cannot be read, or the edit is not one of this model.
     """
-    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
-    talk = Conversation(find_edit(Path(edit)) if edit is not None else None)
-    session = open_session(model, recipe, machine)
-    if talk.edit is not None:
-        require_fitting(session, talk.edit)
-    write(f"{model}{' with an edit' if talk.edit else ''}; /help lists the commands\n")
-    while (line := read()) is not None and line.strip() != "/quit":
-        if line.startswith("/"):
-            write(talk.command(line.strip()) + "\n")
-        elif line.strip():
-            _answer(session, talk, line, recipe, write)
+    recipe, machine, screen = (recipe or Recipe()).for_model(model), machine or Machine(), screen or Plain()
+    if dry_run:
+        return rehearse("chat", model, recipe, machine, edit)
+    duet = open_duet(model, recipe, machine, edit)
+    talk = Conversation(model, duet, sampling(duet.session, recipe), recipe.eval.max_new_tokens, recipe.seed)
+    screen.say(f"{model}{' with an edit' if duet.edit else ''}; /help lists the commands")
+    while (line := screen.read()) is not None and line.strip() != "/quit":
+        try:
+            if line.startswith("/"):
+                screen.say(talk.command(line.strip()))
+            elif line.strip():
+                _answer(talk, line, screen)
+        except PerpendError as error:
+            screen.say(str(error))
     return talk
 
 
-def _answer(session: Session, talk: Conversation, line: str, recipe: Recipe, write: Write) -> None:
-    talk.messages.append({"role": "user", "content": line})
-    pieces: list[str] = []
-    with session.edited(talk.in_place):
-        for piece in session.stream(talk.messages, sampling(session, recipe), recipe.eval.max_new_tokens):
-            pieces.append(piece)
-            write(piece)
-    write("\n")
-    talk.messages.append({"role": "assistant", "content": "".join(pieces)})
+def _answer(talk: Conversation, line: str, screen: Screen) -> None:
+    parts = cast(Generator[tuple[int, str]], talk.ask(line))
+    try:
+        with closing(parts):
+            screen.answers(talk.names(), parts)
+    except KeyboardInterrupt:
+        screen.say("\nthe answer was broken off")

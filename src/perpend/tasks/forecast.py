@@ -100,7 +100,7 @@ def forecast(
         UsageError: the model's configuration cannot be read.
     """
     ref, device = ModelRef.parse(model), pick_device(machine.device)
-    bare, size = _bare(ref, recipe)
+    bare, size = bare_model(ref, recipe)
     passes, tokens = _work(recipe, splits, fits, measures, bakes)
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
     width = 4 if machine.dtype == "float32" else 2
@@ -132,7 +132,7 @@ def forecast(
     )
 
 
-def _bare(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, int | None]:
+def bare_model(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, int | None]:
     """Return the model on the meta device and the bytes of its files; None and None when it is not here yet."""
     try:
         source = ref.resolve(fetch=False)

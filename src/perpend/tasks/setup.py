@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from pathlib import Path
 from typing import Any
 
 from perpend import __version__
@@ -12,11 +13,14 @@ from perpend.core.edits import Edit
 from perpend.data import Splits, load_splits
 from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
+from perpend.models.anatomy import Anatomy
 from perpend.models.chat import read_template
 from perpend.models.load import Loaded, load_model
 from perpend.models.session import Sampling, Session
 from perpend.progress import note
 from perpend.refs import ModelRef
+from perpend.serving.duet import Duet
+from perpend.tasks.recipes import find_edit
 
 
 def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
@@ -41,6 +45,19 @@ def as_asked(loaded: Loaded, recipe: Recipe, machine: Machine) -> Session:
     return Session(loaded, machine, system=prompts.system, chat_template=prompts.chat_template, overrides=overrides)
 
 
+def open_duet(model: str, recipe: Recipe, machine: Machine, edit: Path | None) -> Duet:
+    """Load a model to talk to, and read the edit that can be put in place.
+
+    Raises:
+        UsageError: the model or the edit cannot be read, or the edit is not one of this model.
+    """
+    chosen = find_edit(Path(edit)) if edit is not None else None
+    session = open_session(model, recipe, machine)
+    if chosen is not None:
+        require_fitting(session, chosen)
+    return Duet(session, chosen, lambda: open_panel(recipe, machine))
+
+
 def shipped(recipe: Recipe) -> list[str]:
     """Return the classes whose prompts are the shipped ones."""
     return [side for side in ("target", "baseline") if getattr(recipe.prompts, side) == f"perpend:{side}"]
@@ -63,17 +80,26 @@ def require_fitting(session: Session, edit: Edit) -> None:
     Raises:
         UsageError: names a module that is no writer here, or has another width.
     """
-    writers = {writer.name for writer in session.anatomy.writers}
+    require_writers(session.anatomy, edit)
+
+
+def require_writers(anatomy: Anatomy, edit: Edit) -> None:
+    """Refuse an edit of another model than the one that `anatomy` is of.
+
+    Raises:
+        UsageError: names a module that is no writer here, or has another width.
+    """
+    writers = {writer.name for writer in anatomy.writers}
     for name, part in edit.modules.items():
         if name not in writers:
             raise UsageError(
                 f"edits {name}, which is no writer of this model", where="edit", hint=nearest(name, writers)
             )
-        if part.directions.shape[1] != session.hidden_size:
+        if part.directions.shape[1] != anatomy.hidden_size:
             raise UsageError(
                 f"its directions have {part.directions.shape[1]} dimensions",
                 where="edit",
-                valid=f"{session.hidden_size}, as the model",
+                valid=f"{anatomy.hidden_size}, as the model",
             )
 
 
