@@ -26,7 +26,7 @@ FLOORS = (
     ("models",),
     ("judges", "drift"),
     ("fitting", "teaching"),
-    ("search",),
+    ("searching",),
     ("export", "forensics", "serving"),
     ("report",),
     ("tasks",),

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perpend.errors import RunFailed
-from perpend.search.space import Proposal, Space
-from perpend.search.storage import masked, open_storage, runs, this_process
+from perpend.searching.space import Proposal, Space
+from perpend.searching.storage import masked, open_storage, runs, this_process
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from perpend.errors import RunFailed
-from perpend.search.front import CEILING, Pair, flat, front, hypervolume
-from perpend.search.space import Seen, Space
-from perpend.search.study import Batch, Ledger, Outcome, Trial, View
+from perpend.searching.front import CEILING, Pair, flat, front, hypervolume
+from perpend.searching.space import Seen, Space
+from perpend.searching.study import Batch, Ledger, Outcome, Trial, View
 
 if TYPE_CHECKING:
-    from perpend.search.candidate import Candidate
+    from perpend.searching.candidate import Candidate
 
 POLL = 0.5
 """Seconds between two looks at a study in which others are at work."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import perpend.search.forward as forward
+import perpend.searching.forward as forward
 from perpend.config import Machine, Recipe
 from perpend.core.directions import Directions
 from perpend.core.linear import orthonormalise
@@ -17,8 +17,8 @@ from perpend.fitting.behaviour import Behaviour
 from perpend.judges.labels import Label
 from perpend.models.load import load_model
 from perpend.models.session import Reply, Session
-from perpend.search.candidate import Candidate
-from perpend.search.forward import Scorer
+from perpend.searching.candidate import Candidate
+from perpend.searching.forward import Scorer
 
 
 def behaviour(n: int = 6) -> Behaviour:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from perpend.config import Recipe
-from perpend.search.space import Space
-from perpend.search.study import Ledger, Outcome
-from perpend.search.workers import Plan, work
+from perpend.searching.space import Space
+from perpend.searching.study import Ledger, Outcome
+from perpend.searching.workers import Plan, work
 
 SPACE = Space.of(Recipe(), 12, post_norms=False)
 PLAN = Plan(SPACE, seed=5, size=8, batch=4, untouched=(4.0, 0.0))

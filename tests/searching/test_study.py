@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import toy
 
-import perpend.search.study as study
+import perpend.searching.study as study
 from perpend.errors import MissingExtra, UsageError
-from perpend.search.storage import masked, open_storage
-from perpend.search.study import Ledger
-from perpend.search.workers import work
+from perpend.searching.storage import masked, open_storage
+from perpend.searching.study import Ledger
+from perpend.searching.workers import work
 
 LIMIT = 28
 

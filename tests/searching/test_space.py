@@ -8,8 +8,8 @@ import toy
 from perpend.config import Recipe
 from perpend.core.schedule import Constant
 from perpend.errors import UsageError
-from perpend.search.front import Rule, flat, front, hypervolume, spread_out
-from perpend.search.space import Seen, Space
+from perpend.searching.front import Rule, flat, front, hypervolume, spread_out
+from perpend.searching.space import Seen, Space
 
 
 def seen(n: int) -> list[Seen]:

@@ -21,7 +21,7 @@ from perpend.config import EditSection, FitSection, Recipe
 from perpend.core.schedule import NormalKernel
 from perpend.core.schedule import layers as length
 from perpend.errors import UsageError
-from perpend.search.candidate import Candidate
+from perpend.searching.candidate import Candidate
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

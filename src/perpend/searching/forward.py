@@ -24,8 +24,8 @@ from perpend.fitting.layers import RUIN, Probe
 from perpend.models.batching import Batch, out_of_memory
 from perpend.models.session import Session
 from perpend.progress import note
-from perpend.search.candidate import Candidate
-from perpend.search.study import Outcome
+from perpend.searching.candidate import Candidate
+from perpend.searching.study import Outcome
 
 LEAST = 256
 """Padded tokens of a forward pass below which a batch is not halved again."""
