@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from perpend.tasks.ls import ls
     from perpend.tasks.organism import organism
     from perpend.tasks.pages import write_report
+    from perpend.tasks.quant import quant_check
     from perpend.tasks.run import run
     from perpend.tasks.vector import vector
 
@@ -69,6 +70,7 @@ __all__ = [
     "load_recipe",
     "ls",
     "organism",
+    "quant_check",
     "run",
     "vector",
     "write_report",
@@ -96,6 +98,7 @@ _HOMES = {
     "tasks.ls": ("ls",),
     "tasks.organism": ("organism",),
     "tasks.pages": ("write_report",),
+    "tasks.quant": ("quant_check",),
     "tasks.run": ("run",),
     "tasks.vector": ("vector",),
 }

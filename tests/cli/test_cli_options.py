@@ -176,10 +176,12 @@ def test_a_full_folder_is_refused_before_anything_loads(tmp_path):
 def test_every_command_has_two_examples_that_parse():
     root = typer.main.get_command(app)
     named = {command.name: (root.commands[command.name], command.examples) for command in COMMANDS}
-    from perpend.cli import config
+    from perpend.cli import config, quant
 
-    sub = root.commands["config"].commands
-    named |= {f"config {c.name}": (sub[c.name], c.examples) for c in (config.show, config.init, config.validate)}
+    grouped = {"config": (config.show, config.init, config.validate), "quant": (quant.check,)}
+    for group, commands in grouped.items():
+        sub = root.commands[group].commands
+        named |= {f"{group} {c.name}": (sub[c.name], c.examples) for c in commands}
     assert len(named) >= 14
     for name, (command, examples) in named.items():
         assert len(examples) >= 2
@@ -189,7 +191,7 @@ def test_every_command_has_two_examples_that_parse():
             command.make_context(name, words[len(name.split()) :])
 
 
-@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"]])
+@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"], ["quant", "check"]])
 def test_help_is_readable_at_eighty_columns(cli, path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = cli(*path, "--help")

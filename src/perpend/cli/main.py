@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perpend._version import __version__
-from perpend.cli import config
+from perpend.cli import config, quant
 from perpend.cli.adapter import adapter
 from perpend.cli.apply import apply
 from perpend.cli.audit import audit
@@ -74,7 +74,8 @@ def _top(
 
 for _command in COMMANDS:
     _command.add_to(app)
-app.add_typer(config.app, rich_help_panel=config.PANEL)
+for _group in (quant, config):
+    app.add_typer(_group.app, rich_help_panel=_group.PANEL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

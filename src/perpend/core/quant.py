@@ -35,6 +35,8 @@ LEVELS: dict[str, int] = {"q4_1": 15, "q5_1": 31}
 LATTICE = 0.02
 """A plain pass that changes a matrix by less than this share of its norm finds it on the lattice: ordinary weights
 change by 0.08 in q4_0, and weights of a lattice that are kept in bfloat16 by 0.002."""
+LATTICE_8 = 0.0035
+"""The same for q8_0: ordinary weights change by 0.005, and those of its lattice that are kept in bfloat16 by 0.002."""
 COLUMNS = 1 << 19
 """Elements of a matrix that are rounded at a time."""
 SWEEPS, MOVES = 6, 4
@@ -164,6 +166,11 @@ def moved(weight: Tensor, kind: str) -> float:
     """
     size = double(weight.detach()).norm()
     return float((double(simulate(weight, kind)) - double(weight.detach())).norm() / size) if size > 0 else 0.0
+
+
+def on_lattice(share: float, kind: str) -> bool:
+    """Whether a matrix that a plain pass changes by a share of its norm, see `moved`, lay on the lattice before."""
+    return kind != "bf16" and share < (LATTICE_8 if kind == "q8_0" else LATTICE)
 
 
 def grid(target: Tensor, kind: str, stored: torch.dtype = torch.float32) -> Grid:
