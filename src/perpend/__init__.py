@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from perpend.tasks.pages import write_report
     from perpend.tasks.quant import quant_check
     from perpend.tasks.run import run
+    from perpend.tasks.serve import serve
     from perpend.tasks.vector import vector
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "organism",
     "quant_check",
     "run",
+    "serve",
     "vector",
     "write_report",
 ]
@@ -100,6 +102,7 @@ _HOMES = {
     "tasks.pages": ("write_report",),
     "tasks.quant": ("quant_check",),
     "tasks.run": ("run",),
+    "tasks.serve": ("serve",),
     "tasks.vector": ("vector",),
 }
 _RENAMED = {"load_recipe": "load"}

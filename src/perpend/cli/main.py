@@ -27,6 +27,7 @@ from perpend.cli.organism import organism
 from perpend.cli.output import Output
 from perpend.cli.report import report
 from perpend.cli.run import run
+from perpend.cli.serve import serve
 from perpend.cli.vector import vector
 from perpend.errors import Interrupted
 
@@ -43,6 +44,7 @@ COMMANDS = (
     diff,
     audit,
     chat,
+    serve,
     demo,
     organism,
     ls,

@@ -62,6 +62,17 @@ def rehearsal(data: Data) -> View:
     yield render.names_and_values(facts)
 
 
+def served(data: Data) -> View:
+    """Say where a server is, and what it can be asked for."""
+    facts = {
+        "page": data["url"],
+        "OpenAI clients": f"base_url={data['api']}",
+        "models": ", ".join(data["models"]) + (" (any scale)" if data["edit_sha256"] else ""),
+        "labels": data["judges"],
+    }
+    yield render.names_and_values(facts)
+
+
 def forecast(data: Data) -> dict[str, str | None]:
     """Return what a task would do, as names and values; unknown sizes are said to be so."""
     if not data:

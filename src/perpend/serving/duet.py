@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from perpend.core.edits import Edit
-from perpend.errors import UsageError
+from perpend.errors import UsageError, nearest
 from perpend.judges.labels import Record
 from perpend.judges.panel import Panel
 from perpend.models.session import Session
@@ -53,6 +53,25 @@ class Duet:
     def panel(self) -> Panel:
         """The judges."""
         return self.judges()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a client can ask for; `edited@X` takes any scale X."""
+        return ("base",) if self.edit is None else ("base", "edited", "edited@0.5")
+
+    def scale_of(self, name: str) -> float:
+        """Return the scale of the edit that a name stands for, 0 for the model as it is.
+
+        Raises:
+            UsageError: no such name.
+        """
+        if name == "base":
+            return 0.0
+        side, at, scale = name.partition("@")
+        if self.edit is None or side != "edited":
+            valid = ", ".join(self.names) + (", edited@X" if self.edit is not None else "")
+            raise UsageError(f"no model '{name}'", valid=valid, hint=nearest(name, self.names))
+        return read_scale(scale) if at else 1.0
 
     def at(self, scale: float) -> Edit | None:
         """Return the edit with every weight factor multiplied by `scale`; None where that changes nothing."""
