@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from perpend.tasks.ls import ls
     from perpend.tasks.organism import organism
     from perpend.tasks.pages import write_report
+    from perpend.tasks.push import push
     from perpend.tasks.quant import quant_check
     from perpend.tasks.run import run
     from perpend.tasks.serve import serve
@@ -71,6 +72,7 @@ __all__ = [
     "load_recipe",
     "ls",
     "organism",
+    "push",
     "quant_check",
     "run",
     "serve",
@@ -100,6 +102,7 @@ _HOMES = {
     "tasks.ls": ("ls",),
     "tasks.organism": ("organism",),
     "tasks.pages": ("write_report",),
+    "tasks.push": ("push",),
     "tasks.quant": ("quant_check",),
     "tasks.run": ("run",),
     "tasks.serve": ("serve",),

@@ -7,6 +7,8 @@ A model is `org/name`, `org/name@revision`, a directory, or a GGUF file. Data is
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,26 +120,20 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
     where = f"{name}@{revision}" if revision else name
     nor = "" if revision else ", and no such directory here"
-    quiet = are_progress_bars_disabled()
-    disable_progress_bars()
     if fetch:
         note(f"fetching {where} where the local cache lacks it")
     try:
-        found = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(_MODEL_FILES),
-            ignore_patterns=list(_NOT_NEEDED),
-            local_files_only=not fetch,
-        )
+        with without_bars():
+            found = snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_MODEL_FILES),
+                ignore_patterns=list(_NOT_NEEDED),
+                local_files_only=not fetch,
+            )
     except GatedRepoError:
         raise UsageError("access to this repository must be granted first", where=where, hint="hf auth login") from None
     except RevisionNotFoundError:
@@ -150,10 +146,25 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
         raise UsageError(f"not in the local cache, and the hub cannot be reached{nor}", where=where) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}{nor}", where=where) from None
+    return Resolved(Path(found), revision=Path(found).name)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the progress bars of the hub's client off the terminal inside the block."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
     finally:
         if not quiet:
             enable_progress_bars()
-    return Resolved(Path(found), revision=Path(found).name)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from perpend.models.load import load_model, release
 from perpend.models.session import Session
 from perpend.refs import ModelRef, Resolved
 from perpend.tasks.apply import apply
-from perpend.tasks.card import without_folders
 from perpend.tasks.fit import fit
 from perpend.tasks.gate import Gate, require_same
+from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import pinned
 from perpend.tasks.run import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,14 +35,16 @@ def test_an_adapter_says_what_it_is_and_is_the_edit(pico_dir: Dirs, fitted: Path
     peft = pytest.importorskip("peft")
     from huggingface_hub import ModelCard
 
-    model, out = pico_dir("llama"), tmp_path / "adapter"
+    model, out = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(pico_dir("llama"), model)
+    (model / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     made = perpend.adapter(str(model), edit=fitted, output=out, machine=MACHINE)
     assert made.adapter.exact
     expected = {"adapter_config.json", "adapter_model.safetensors", "edit.safetensors", "recipe.toml", "README.md"}
     assert names(out) == expected
     assert Edit.load(out / "edit.safetensors").sha256 == Edit.load(fitted / "edit.safetensors").sha256
     card = ModelCard.load(out / "README.md")
-    assert card.data.library_name == "peft"
+    assert (card.data.library_name, card.data.license, card.data.base_model) == ("peft", "mit", None)
     assert "to the rounding of float32" in card.text
     perpend.apply(str(model), edit=fitted, output=tmp_path / "out", machine=MACHINE)
     edited = load_model(tmp_path / "out").model.state_dict()

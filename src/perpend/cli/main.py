@@ -25,6 +25,7 @@ from perpend.cli.inspect import inspect
 from perpend.cli.ls import ls
 from perpend.cli.organism import organism
 from perpend.cli.output import Output
+from perpend.cli.push import push
 from perpend.cli.report import report
 from perpend.cli.run import run
 from perpend.cli.serve import serve
@@ -37,6 +38,7 @@ COMMANDS = (
     apply,
     adapter,
     vector,
+    push,
     evaluate,
     bench,
     report,

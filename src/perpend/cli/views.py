@@ -225,6 +225,21 @@ def vector(data: Data) -> View:
     yield from written(data)
 
 
+def pushed(data: Data) -> View:
+    """Show `perpend push`."""
+    made = render.table(f"{data['repo']}, {data['revision']}", "file", "size", right=("size",))
+    for file in data["files"]:
+        made.add_row(Text(printable(file["name"])), Text(render.gigabytes(file["bytes"])))
+    yield made
+    for file in data["kept"]:
+        yield Text(f"stays here: {printable(file['name'])}, {file['why']}", style="dim")
+    seen = "private" if data["private"] else "public"
+    verb = "would send" if data["dry_run"] else "sent"
+    to = printable(str(data["output"] or data["repo"]))
+    took = f" in {seconds(data['seconds'])}" if data["seconds"] else ""
+    yield Text(f"{verb} {len(data['files'])} files, {render.gigabytes(data['bytes'])}, to {to}, {seen}{took}")
+
+
 def report(data: Data) -> View:
     """Show replies, labels and drift, before and after where there is an after."""
     before, after = data["before"], data.get("after")

@@ -16,7 +16,7 @@ from perpend.config import Machine, Recipe, to_toml
 from perpend.core.edits import Edit
 from perpend.models.anatomy import Anatomy
 from perpend.models.session import Session
-from perpend.tasks.card import without_folders
+from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import RECIPE, pinned
 
 Task = Literal["run", "fit", "apply", "eval", "bench"]

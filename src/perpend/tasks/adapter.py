@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from perpend import __version__
 from perpend.config import Machine, Recipe
 from perpend.export.adapter import AdapterResult, write_adapter
+from perpend.export.card import base_front_matter
 from perpend.refs import ModelRef
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.output import appearing, require_free, require_no_partial
@@ -75,21 +77,29 @@ def adapter(
         made = write_adapter(folder, chosen, session.anatomy, session.model, partial, base=base, revision=at, rank=rank)
         chosen.save(partial / EDIT)
         write_recipe(partial, pinned(found, session.loaded), chosen)
-        (partial / "README.md").write_text(_card(base, ref.kind == "hub", output.name, made), encoding="utf-8")
+        front = _front_matter(base if ref.kind == "hub" else None, base_front_matter(folder))
+        (partial / "README.md").write_text(_card(base, front, output.name, made), encoding="utf-8")
     return Adapted(str(output), model, made, round(time.monotonic() - started, 1))
 
 
-def _card(base: str, on_hub: bool, title: str, made: AdapterResult) -> str:
+def _front_matter(base: str | None, passed_on: Mapping[str, Any]) -> str:
+    """Return the front matter of a card: the hub's name of the base model, where it has one, and its licence."""
+    from huggingface_hub import ModelCardData
+
+    licence = {key: passed_on[key] for key in ("license", "license_name", "license_link") if passed_on.get(key)}
+    tags = ["directional-ablation", "lora", "perpend"]
+    return str(ModelCardData(base_model=base, library_name="peft", tags=tags, **licence).to_yaml()).strip()
+
+
+def _card(base: str, front: str, title: str, made: AdapterResult) -> str:
     """Return a short card: what it is, how exact it is, how to load it, and what to mind."""
-    front = [f"base_model: {base}"] if on_hub else []
-    front += ["library_name: peft", "tags:", "- directional-ablation", "- lora", "- perpend"]
     exact = (
         "It is the edit itself, to the rounding of float32."
         if made.exact
         else (f"It is the edit to rank {made.rank}: of a module's change at most {100 * made.error:.2g} % is left out.")
     )
     return (
-        "---\n" + "\n".join(front) + f"\n---\n\n# {title}\n\n"
+        f"---\n{front}\n---\n\n# {title}\n\n"
         f"An edit of {base} by Perpend {__version__} as a PEFT adapter (directional ablation). {exact}\n\n"
         "```python\nfrom peft import PeftModel\n\n"
         f'model = PeftModel.from_pretrained(base, "{title}")  # or .merge_and_unload()\n```\n\n'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,13 @@ from perpend.core.edits import Edit
 from perpend.export.card import CardFacts, describe
 from perpend.export.shards import ExportResult
 from perpend.models.session import Session
-from perpend.refs import DataRef
 from perpend.tasks.gate import Gate
+from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import RECIPE, pinned
 from perpend.tasks.setup import shipped, versions
 
 if TYPE_CHECKING:
     from perpend.tasks.report import Report
-
-SOURCES = ("target", "baseline", "target_select", "baseline_select", "target_report", "baseline_report")
-"""Keys of the prompts section that name prompts."""
 
 
 def card_facts(
@@ -73,28 +69,4 @@ def card_facts(
         not_measured=() if report else ("anything on prompts of the report split: `perpend eval` measures it",),
         recipe=to_toml(without_folders(pinned(recipe, session.loaded)).model_dump(mode="json")),
         versions=versions(),
-    )
-
-
-def without_folders(recipe: Recipe) -> Recipe:
-    """Return the recipe with local paths reduced to the names of their files, for a text that travels."""
-
-    def model(text: str) -> str:
-        path = Path(text).expanduser()
-        return path.resolve().name if path.exists() else text
-
-    def data(text: str | None) -> str | None:
-        if text is None or (ref := DataRef.parse(text)).kind != "file":
-            return text
-        return str(replace(ref, name=Path(ref.name).name))
-
-    prompts, template = recipe.prompts, recipe.prompts.chat_template
-    named = {key: data(getattr(prompts, key)) for key in SOURCES} | {
-        "chat_template": Path(template).name if template else None
-    }
-    return recipe.for_model(model(recipe.model.id)).model_copy(
-        update={
-            "prompts": prompts.model_copy(update=named),
-            "eval": recipe.eval.model_copy(update={"classifier": model(recipe.eval.classifier)}),
-        }
     )

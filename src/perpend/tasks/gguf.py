@@ -21,8 +21,8 @@ from perpend.models.session import Session
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.about import edit_facts
-from perpend.tasks.card import without_folders
 from perpend.tasks.gate import Gate, proven, reference, require_untouched
+from perpend.tasks.portable import without_folders
 from perpend.tasks.setup import open_panel, open_session, require_fitting
 
 SUFFIX = ".gguf"
