@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from perpend.tasks.demo import demo
     from perpend.tasks.diff import diff
     from perpend.tasks.evaluate import eval
+    from perpend.tasks.export_gguf import export_gguf
     from perpend.tasks.fit import fit
     from perpend.tasks.inspect import inspect
     from perpend.tasks.ls import ls
@@ -67,6 +68,7 @@ __all__ = [
     "demo",
     "diff",
     "eval",
+    "export_gguf",
     "fit",
     "inspect",
     "load_recipe",
@@ -97,6 +99,7 @@ _HOMES = {
     "tasks.demo": ("demo",),
     "tasks.diff": ("diff",),
     "tasks.evaluate": ("eval",),
+    "tasks.export_gguf": ("export_gguf",),
     "tasks.fit": ("fit",),
     "tasks.inspect": ("inspect",),
     "tasks.ls": ("ls",),

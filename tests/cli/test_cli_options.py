@@ -176,9 +176,9 @@ def test_a_full_folder_is_refused_before_anything_loads(tmp_path):
 def test_every_command_has_two_examples_that_parse():
     root = typer.main.get_command(app)
     named = {command.name: (root.commands[command.name], command.examples) for command in COMMANDS}
-    from perpend.cli import config, quant
+    from perpend.cli import config, export, quant
 
-    grouped = {"config": (config.show, config.init, config.validate), "quant": (quant.check,)}
+    grouped = {"config": (config.show, config.init, config.validate), "quant": (quant.check,), "export": (export.gguf,)}
     for group, commands in grouped.items():
         sub = root.commands[group].commands
         named |= {f"{group} {c.name}": (sub[c.name], c.examples) for c in commands}
@@ -191,7 +191,7 @@ def test_every_command_has_two_examples_that_parse():
             command.make_context(name, words[len(name.split()) :])
 
 
-@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"], ["quant", "check"]])
+@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"], ["quant", "check"], ["export", "gguf"]])
 def test_help_is_readable_at_eighty_columns(cli, path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = cli(*path, "--help")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perpend._version import __version__
-from perpend.cli import config, quant
+from perpend.cli import config, export, quant
 from perpend.cli.adapter import adapter
 from perpend.cli.apply import apply
 from perpend.cli.audit import audit
@@ -78,7 +78,7 @@ def _top(
 
 for _command in COMMANDS:
     _command.add_to(app)
-for _group in (quant, config):
+for _group in (export, quant, config):
     app.add_typer(_group.app, rich_help_panel=_group.PANEL)
 
 

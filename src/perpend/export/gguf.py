@@ -340,6 +340,7 @@ def leak_rows(
     through_post_norm: bool = False,
     allow_leak: bool = False,
     rounding: str = "auto",
+    before: Callable[[Change], Tensor] | None = None,
 ) -> list[LeakRow]:
     """Measure the realised weight factor of every edited module on the saved file, dequantised.
 
@@ -351,6 +352,7 @@ def leak_rows(
         through_post_norm: The directions were carried through the post-norms.
         allow_leak: Return rows that miss instead of failing.
         rounding: q4_0 or q8_0: matrices of a floating type must keep it after a plain pass of that type, too.
+        before: Gives unedited matrices, `[d_out, d_in]` or `[E, d_out, d_in]`; by default what the original holds.
 
     Raises:
         GateFailed: a module misses by more than 0.05, and leaks are not allowed.
@@ -361,7 +363,8 @@ def leak_rows(
         file, tensor = after[change.tensor.name]
         if tensor.shape != change.tensor.shape:
             raise GateFailed("has another shape", where=tensor.name)
-        old, new = values(change.file.path, change.tensor), values(file.path, tensor)
+        old = before(change) if before else values(change.file.path, change.tensor)
+        new = values(file.path, tensor)
         gain = None if through_post_norm or model is None else anatomy.post_norm_gain(model, change.writer)
         lattice = rounding if rounding in RANGES and tensor.type in PLAIN else ""
         experts = [None] if change.writer.experts is None else range(change.writer.experts)

@@ -1,0 +1,180 @@
+"""`perpend export gguf`: an edited checkpoint as a GGUF file, by the base's file or by llama.cpp's converter."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from task_cases import MACHINE, a_recipe
+
+pytest.importorskip("gguf")
+sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
+
+import gguf
+from export_cases import TOKENS, an_edit, load, logits
+from gguf_cases import save_wide, write_gguf
+
+import perpend
+import perpend.export.llama_cpp as tools
+from perpend.cli.main import main
+from perpend.errors import GateFailed, RunFailed, UsageError
+from perpend.models.anatomy import Anatomy
+from perpend.models.load import load_model
+
+CONVERTER = """
+import pathlib, shutil, sys
+assert sys.argv[2] == "--outfile" and sys.argv[4] == "--outtype"
+shutil.copy(pathlib.Path(__file__).with_name(sys.argv[5] + ".gguf"), sys.argv[3])
+"""
+"""A stand-in for llama.cpp's converter: its arguments, and files that were made before."""
+
+
+class Case:
+    """A model, an edited output of it, and a recipe."""
+
+    def __init__(self, folder: Path, family: str = "llama", kind: str = "Q4_0", mode: str = "plain") -> None:
+        self.folder, self.family = folder, family
+        self.model = load(save_wide(family, folder / "hf"))
+        self.base = write_gguf(family, self.model, folder / "base.gguf", kind)
+        an_edit(Anatomy.of(self.model), 0.7, mode).save(folder / "edit.safetensors")
+        recipe = a_recipe(folder, export={"gate_prompts": 0})
+        perpend.apply(
+            str(folder / "hf"),
+            edit=folder / "edit.safetensors",
+            output=folder / "out",
+            recipe=recipe,
+            machine=MACHINE,
+        )
+
+    def llama_cpp(self, of: str = "out") -> Path:
+        """Make a folder with a converter in it that gives a checkpoint as it is."""
+        folder = self.folder / "llama.cpp"
+        folder.mkdir()
+        for kind in ("bf16", "q8_0"):
+            write_gguf(self.family, load(self.folder / of), folder / f"{kind}.gguf", kind.upper())
+        (folder / tools.CONVERTER).write_text(CONVERTER, encoding="utf-8")
+        return folder
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "kind", "mode"), [("llama", "F32", "column"), ("qwen3_moe", "F32", "plain")])
+def test_a_copy_of_the_bases_file_answers_as_the_edited_checkpoint(tmp_path, family, kind, mode):
+    case = Case(tmp_path, family, kind, mode)
+    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", base=case.base)
+    wanted, before = logits(load(tmp_path / "out")), logits(case.model)
+    ours = load_model(str(tmp_path / "out.gguf"), MACHINE.model_copy(update={"dtype": "float32"}))
+    found = ours.model(input_ids=TOKENS, use_cache=False).logits.float()
+    assert (found - wanted).abs().max() < 1e-3
+    assert (before - wanted).abs().max() > 0.01
+    assert max(row.miss for row in made.leak) < 0.02
+    assert not made.untouched.differing
+    assert made.types[kind] > 6
+
+
+def test_the_types_of_the_base_stay_and_the_edit_is_kept_on_its_lattice(case, tmp_path):
+    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", base=case.base)
+    old, new = gguf.GGUFReader(case.base), gguf.GGUFReader(tmp_path / "out.gguf")
+    assert [(t.name, t.tensor_type) for t in old.tensors] == [(t.name, t.tensor_type) for t in new.tensors]
+    assert max(row.miss for row in made.leak) < 0.02
+    assert made.rounding["type"] == "q4_0"
+    assert new.fields["perpend.base"].contents() == "hf"
+    assert sorted(p.name for p in tmp_path.glob("*.gguf*")) == ["base.gguf", "out.gguf"]
+
+
+def test_the_file_of_another_model_is_no_base(case, tmp_path):
+    other = write_gguf("llama", load(save_wide("llama", tmp_path / "other", seed=1)), tmp_path / "other.gguf", "Q8_0")
+    with pytest.raises(UsageError, match="was before the edit"):
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", base=other)
+    assert not list(tmp_path.glob("out.gguf*"))
+
+
+def test_the_converter_is_called_and_its_file_proven(case, tmp_path, capsys):
+    folder = case.llama_cpp()
+    asked = ["export", "gguf", str(tmp_path / "out"), "-o", str(tmp_path / "out.gguf"), "--llama-cpp", str(folder)]
+    assert main([*asked, "--type", "q8_0", "--dry-run", "--json"]) == 0
+    step = shlex.split(json.loads(capsys.readouterr().out)["commands"][0])
+    assert step[1:3] == [str(folder / tools.CONVERTER), str(tmp_path / "out")]
+    assert step[-2:] == ["--outtype", "q8_0"]
+    assert not (tmp_path / "out.gguf").exists()
+    assert main([*asked, "--type", "q8_0"]) == 0
+    shown = capsys.readouterr()
+    assert "--outtype q8_0" in " ".join(shown.out.split())
+    assert "Weight factors on the saved file" in shown.out
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert "perpend.recipe" in fields
+    assert sorted(p.name for p in tmp_path.iterdir() if "gguf" in p.name) == ["base.gguf", "out.gguf"]
+
+
+def test_a_converted_file_that_is_not_the_edit_stays_partial(case, tmp_path):
+    with pytest.raises(GateFailed, match="miss their weight factor"):
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", llama_cpp=case.llama_cpp(of="hf"))
+    assert sorted(p.name for p in tmp_path.glob("*out.gguf*")) == ["out.gguf.partial"]
+
+
+def test_q4_0_is_made_by_the_quantiser_from_bf16(case, tmp_path):
+    folder = case.llama_cpp()
+    binary = folder / "build" / "bin" / tools.QUANTISER
+    binary.parent.mkdir(parents=True)
+    binary.write_text(f'#!/bin/sh\ncp "$1" "$2" && echo $3 > {folder}/asked\n')
+    binary.chmod(0o755)
+    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", kind="q4_0", llama_cpp=folder)
+    assert len(made.commands) == 2
+    assert (folder / "asked").read_text() == "q4_0\n"
+    assert made.leak
+    binary.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
+    with pytest.raises(RunFailed, match="exit code 3: it is broken"):
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "again.gguf", kind="q4_0", llama_cpp=folder)
+    assert not list(tmp_path.glob("*again*"))
+
+
+def test_without_a_converter_the_commands_are_said(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match=r"convert_hf_to_gguf.py is not here.*try: python convert_hf_to_gguf.py .*"):
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf")
+    with pytest.raises(UsageError, match="a checkout of llama"):
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", llama_cpp=tmp_path)
+
+
+def test_a_missing_original_leaves_the_weight_factors_unmeasured(case, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("perpend.tasks.export_gguf.note", told.append)
+    (tmp_path / "hf").rename(tmp_path / "elsewhere")
+    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", llama_cpp=case.llama_cpp())
+    assert made.leak == ()
+    assert "the original is not here" in told[-1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"output": "out2"}, "not the name of a GGUF file"),
+        ({"kind": "q3_k"}, "unknown type"),
+        ({"kind": "q8_0", "base": "base.gguf"}, "types are those of the base"),
+        ({"source": "hf"}, "not an output of perpend"),
+    ],
+)
+def test_what_cannot_be_is_refused(case, tmp_path, asked, said):
+    given = {"source": "out", "output": "o.gguf", **asked}
+    source = tmp_path / given.pop("source")
+    given = {k: v if k == "kind" else tmp_path / v for k, v in given.items()}
+    with pytest.raises(UsageError, match=said):
+        perpend.export_gguf(source, **given)
+
+
+def test_the_program_for_the_library_quantises(tmp_path):
+    """Against the library where it is installed: the same call as `llama-quantize`."""
+    pytest.importorskip("llama_cpp")
+    model = load(save_wide("llama", tmp_path / "hf"))
+    source = write_gguf("llama", model, tmp_path / "a.gguf", "BF16")
+    step = [sys.executable, "-c", tools.PROGRAM, str(source), str(tmp_path / "b.gguf"), "q4_0"]
+    subprocess.run(step, check=True, capture_output=True)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_0"
