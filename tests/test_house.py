@@ -160,6 +160,7 @@ CARRIED = (
     "report/templates/report.html.jinja",
     "report/templates/report.css",
     "report/templates/report.js",
+    *(f"serving/page/page.{kind}" for kind in ("html", "css", "js")),
     "teaching/wordings.toml",
     "teaching/smollm2/adapter_config.json",
     "teaching/smollm2/adapter_model.safetensors",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -83,37 +82,9 @@ def test_a_page_made_again_is_the_same(made, tmp_path):
     assert "No control was measured" in render(read(data, "older"))
 
 
-@pytest.fixture
-def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium with its driver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    for flag in (
-        *flags.split(),
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'user'}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1100, "dark")])
-def test_in_a_browser_nothing_is_fetched_and_filters_work(made, browser, width, scheme):
-    features = [
-        {"name": "prefers-color-scheme", "value": scheme},
-        {"name": "prefers-reduced-motion", "value": "reduce"},
-    ]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+def test_in_a_browser_nothing_is_fetched_and_filters_work(made, browser, look, width, scheme):
+    look(width, scheme)
     browser.get("about:blank")
     browser.get_log("performance")  # what the browser's own first page asked for
     browser.get((made / "report.html").as_uri())

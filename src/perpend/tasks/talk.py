@@ -216,13 +216,13 @@ class Conversation:
 
 
 def _describe(found: dict[str, Any]) -> str:
-    judges = [
-        f"{role}: {found[role]['label']}, {found[role]['reason']}"
+    said = [
+        f"{role}: {', '.join(filter(None, (found[role]['label'], found[role]['reason'])))}"
         for role in ("dictionary", "classifier")
         if role in found
     ]
     alone = " (dictionary only)" if found["kind"] != "hybrid" else ""
-    return f"{found['label']}{alone}; {'; '.join(judges)}"
+    return f"{found['label']}{alone}; {'; '.join(said)}"
 
 
 @dataclass(frozen=True)
