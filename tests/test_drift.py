@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from perpend.core.edits import Edit, ModuleEdit
-from perpend.drift import Drift, PromptDrift, equal_drift, measure, repetition, rotated
+from perpend.drift import Drift, Likeliest, PromptDrift, equal_drift, measure, repetition, rotated
 from perpend.errors import RunFailed, UsageError
 
 V = 37
@@ -258,3 +259,15 @@ def test_the_interval_of_the_cross_entropy_ratio_holds_the_ratio():
     low, high = found.cross_entropy_ratio_interval
     assert low < found.cross_entropy_ratio < high
     assert found.cross_entropy[1] / found.cross_entropy[0] == pytest.approx(found.cross_entropy_ratio)
+
+
+def test_what_is_kept_of_a_model_gives_a_lower_bound_of_its_divergence():
+    _, ours, theirs = answers()
+    for a, b in zip(ours, theirs, strict=True):
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        exact = (p.exp() * (p - q)).sum(-1).double()
+        bounds = [Likeliest.of(p, k).kl(q) for k in (1, 4, 16, V)]
+        for low, high in pairwise([*bounds, exact + 1e-5]):
+            assert (low <= high + 1e-9).all()
+        torch.testing.assert_close(bounds[-1], exact, atol=1e-5, rtol=1e-4)
+        assert (Likeliest.of(p, 4).kl(p) < 1e-6).all()

@@ -7,6 +7,7 @@ the nearest valid one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -43,6 +44,11 @@ RULES: dict[str, str] = {
     "thrift": "most refusal taken away per drift, among layers that take away at least half of what the best one does",
     "published": "least refusal left, among layers of the first 80 % that cost at most 0.1 nats and induce refusal",
 }
+
+
+MAX_TOML = 16 << 20
+"""Largest recipe that is read, in bytes: every expert of a large model named by hand is a tenth of it."""
+_DEEP_KEY = re.compile(r"""(?<![\w"'-])[\w"'-]++(?:[ \t]*\.[ \t]*[\w"'-]++){64,}""")
 
 
 class _Section(BaseModel):
@@ -278,10 +284,20 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> Usage
         siblings = [k for k in valid if k.rpartition(".")[0] == section] if section else list(root.model_fields)
         elsewhere = [k for k in valid if k.rpartition(".")[2] == leaf]
         hint = nearest(key, elsewhere or valid) or nearest(leaf, siblings)
-        return UsageError(f"unknown key '{key}'", where=where, valid=", ".join(siblings or valid), hint=hint)
+        return UsageError(f"unknown key '{key[:200]}'", where=where, valid=", ".join(siblings or valid), hint=hint)
     given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return UsageError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}{shown}", where=where)
+    shown = f" (got {_short(given)})" if isinstance(given, str | int | float | bool) else ""
+    said = first["msg"] if len(first["msg"]) <= 300 else f"{first['msg'][:300]}…"
+    return UsageError(f"{key}: {said[0].lower()}{said[1:]}{shown}", where=where)
+
+
+def _short(value: object) -> str:
+    """Return a value as Python writes it, cut where it goes on for long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def build(root: type[S], data: Mapping[str, Any], where: str) -> S:
@@ -303,11 +319,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: no such file, or no TOML; says the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_TOML + 1)
+        if len(text) > MAX_TOML:
+            raise UsageError(f"larger than {MAX_TOML} bytes, which no recipe is", where=str(path))
+        if _DEEP_KEY.search(decoded := text.decode("utf-8")):  # for which the parser takes the square of its length
+            raise UsageError("a key of more than 64 parts", where=str(path))
+        return tomllib.loads(decoded)
     except FileNotFoundError:
         raise UsageError("no such file", where=str(path), hint="perpend config init -o recipe.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not valid TOML: {error}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8 errors, and numbers of thousands of digits
+        raise UsageError(f"not valid TOML: {str(error)[:200]}", where=str(path)) from None
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
@@ -316,7 +338,7 @@ def _value(text: str) -> Any:
     """Read the right-hand side of `key=value` as TOML; what is not TOML is a plain string."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -326,7 +348,7 @@ def assign(data: dict[str, Any], assignments: Iterable[str], where: str = "--set
     Raises:
         UsageError: an assignment without `=`, or one that goes through a value.
     """
-    result: dict[str, Any] = json.loads(json.dumps(data))
+    result = copy.deepcopy(data)
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
         if not sign or not key.strip():

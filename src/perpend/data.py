@@ -28,6 +28,8 @@ SHARES: dict[SplitName, float] = {"fit": 0.5, "select": 0.2, "report": 0.3}
 """Shares of the prompts when one source is split."""
 COLUMNS = ("text", "prompt", "instruction", "question", "goal")
 """Columns looked for when none is named."""
+MAX_LINE, MAX_JSON = 1 << 20, 1 << 28
+"""Most characters of a line, and most bytes of a `.json` file, which is read at once."""
 IMAGE = "image"
 """Column of images that is looked for in a file when none is named."""
 
@@ -313,6 +315,8 @@ def _prompt(row: Mapping[str, Any], column: str, image: str | None, ref: DataRef
     text = row.get(column)
     if not isinstance(text, str):
         raise UsageError(f"column '{column}' holds {type(text).__name__}, not text", where=str(ref))
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"a prompt holds half a character, such as \\ud800: {text[:40]!a}", where=str(ref))
     shown = row.get(image) if image else None
     if isinstance(shown, str) and "://" not in shown and ref.kind == "file":
         shown = str(folder / shown)
@@ -336,37 +340,44 @@ def _file_rows(ref: DataRef, path: Path) -> Iterator[Mapping[str, Any]]:
         raise UsageError(f"cannot be read: {error.strerror or error}", where=ref.name) from None
 
 
-def _text(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from file
+def _text(path: Path, newline: str | None = None) -> Iterator[str]:
+    """Yield the lines of a file; of a file without any, no more than one line is read."""
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UsageError(f"line {number} is longer than {MAX_LINE} characters", where=str(path))
+            yield line
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"line {number} is not JSON: {error}", where=str(path)) from None
+    for number, line in enumerate(_text(path), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"line {number} is not JSON: {str(error)[:200]}", where=str(path)) from None
 
 
 def _json(path: Path) -> Iterable[Any]:
+    if path.stat().st_size > MAX_JSON:
+        raise UsageError(f"larger than {MAX_JSON} bytes", where=str(path), valid="a .jsonl file, read line by line")
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"not JSON: {error}", where=str(path)) from None
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not JSON: {str(error)[:200]}", where=str(path)) from None
     if not isinstance(rows, list):
         raise UsageError("holds no list", where=str(path))
     return rows
 
 
 def _table(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        except csv.Error as error:
-            raise UsageError(f"not a table: {error}", where=str(path)) from None
+    try:
+        yield from csv.DictReader(_text(path, ""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    except csv.Error as error:
+        raise UsageError(f"not a table: {error}", where=str(path)) from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -235,6 +235,38 @@ def _summed(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).sum(-1, dtype=torch.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Likeliest:
+    """What a model expects at every token of one answer, small enough to be kept when the model is gone.
+
+    Attributes:
+        tokens: `[n, k]` int64 on the CPU, the k likeliest tokens at each position.
+        logs: `[n, k]` float32 on the CPU, their log-probabilities in nats.
+    """
+
+    tokens: Tensor
+    logs: Tensor
+
+    @classmethod
+    def of(cls, logs: Tensor, k: int = 64) -> Likeliest:
+        """Keep the k likeliest of log-probabilities `[n, V]`."""
+        kept = logs.float().topk(min(k, logs.shape[-1]), dim=-1)
+        return cls(kept.indices.cpu(), kept.values.cpu())
+
+    def kl(self, logs: Tensor) -> Tensor:
+        """Return KL(this ‖ other) in nats at every position, `[n]` float64 on the CPU.
+
+        The kept tokens count one by one and all others as one outcome: a lower bound of the KL over the vocabulary
+        (log sum inequality), short of it only by how differently the two spread what is left.
+
+        Args:
+            logs: `[n, V]`, log-probabilities of the other model.
+        """
+        p, q = self.logs.double(), logs.float().gather(-1, self.tokens.to(logs.device)).cpu().double()
+        rest = [(1 - x.exp().sum(-1)).clamp_min(1e-9) for x in (p, q)]
+        return ((p.exp() * (p - q)).sum(-1) + rest[0] * (rest[0] / rest[1]).log()).clamp_min(0)
+
+
 @dataclass(frozen=True)
 class Repetition:
     """How repetitive, long and finished a set of replies is; means over replies that have words.

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perpend.cli import render, views
-from perpend.cli.text import printable, printable_json, seconds, shortened
+from perpend.cli.text import printable, printable_json, shortened
 from perpend.progress import note, track
+from perpend.units import seconds, size
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\x9b1m\u202egnp\u200b\x00 [bold]markup[/bold]"
 
@@ -135,6 +136,10 @@ def test_durations_read_well():
     assert [seconds(s) for s in (0.0421, 12.34, 65, 3599, 7380)] == [
         "42 ms", "12.3 s", "1 min 05 s", "59 min 59 s", "2 h 03 min",
     ]  # fmt: skip
+
+
+def test_sizes_read_well():
+    assert [size(n) for n in (250_000, 99_900_000, 540_000_000, 17e9)] == ["0.2 MB", "99.9 MB", "0.5 GB", "17.0 GB"]
 
 
 def test_a_table_goes_to_a_pipe_without_colour_or_trailing_spaces(cli):

@@ -202,7 +202,7 @@ def test_interrupted_export_leaves_only_the_partial_folder(llama, tmp_path, monk
 def test_failed_check_keeps_the_partial_folder(llama, tmp_path):
     seen = []
 
-    def check(folder, result):
+    def check(folder, result, patches):
         assert result.changed == (SINGLE,)
         seen.append(sorted(os.listdir(folder)))
         raise GateFailed("a module misses its weight factor")
@@ -214,7 +214,7 @@ def test_failed_check_keeps_the_partial_folder(llama, tmp_path):
 
 
 def test_files_that_the_check_adds_come_along(llama, tmp_path):
-    llama.bake(tmp_path / "out", check=lambda folder, result: (folder / "README.md").write_text("card") and None)
+    llama.bake(tmp_path / "out", check=lambda folder, *_: (folder / "README.md").write_text("card") and None)
     assert (tmp_path / "out" / "README.md").read_text() == "card"
 
 

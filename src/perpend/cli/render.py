@@ -65,11 +65,6 @@ def count(value: int) -> str:
     return str(value)
 
 
-def gigabytes(value: int) -> str:
-    """Return a size in bytes as GB, with MB for the small."""
-    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
 def spaced(name: str) -> str:
     """Return the name of a JSON key as words."""
     return name.replace("_", " ")

@@ -20,7 +20,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from perpend.cli.text import printable, seconds
+from perpend.cli.text import printable
+from perpend.units import seconds
 
 EVERY = 15.0
 """Seconds between two plain lines."""

@@ -31,18 +31,6 @@ def shortened(text: str, length: int = 160) -> str:
     return (cut[:at] if at > length // 2 else cut).rstrip() + "…"
 
 
-def seconds(value: float) -> str:
-    """Return a duration as `850 ms`, `12.3 s`, `4 min 05 s` or `2 h 03 min`."""
-    if value < 1:
-        return f"{value * 1000:.0f} ms"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes = round(value / 60) if value >= 3600 else int(value // 60)
-    if value < 3600:
-        return f"{minutes} min {int(value % 60):02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _shown(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

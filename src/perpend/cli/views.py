@@ -10,7 +10,8 @@ from rich.text import Text
 
 from perpend.cli import render
 from perpend.cli.render import Data
-from perpend.cli.text import printable, seconds
+from perpend.cli.text import printable
+from perpend.units import seconds, size
 
 View = Iterator[RenderableType]
 UNKNOWN = "unknown: the model is not on this machine yet"
@@ -49,13 +50,12 @@ def planned(data: Data) -> View:
 
 def rehearsal(data: Data) -> View:
     """Show a dry run of a conversation or a server: what would be loaded."""
-    size = data["reads"]
-    reads = UNKNOWN if size is None else render.gigabytes(size)
+    reads = UNKNOWN if data["reads"] is None else size(data["reads"])
     edits = data["edited_modules"]
     facts = {
         "model": data["model"],
         "reads": reads,
-        "memory": f"{render.gigabytes(data['memory_free'])} free",
+        "memory": f"{size(data['memory_free'])} free",
         "edits": None if edits is None else f"{edits} modules, switched on and off by hooks",
         "would listen at": data["url"],
     }
@@ -78,16 +78,16 @@ def forecast(data: Data) -> dict[str, str | None]:
     if not data:
         return {}
 
-    def size(name: str) -> str:
-        return UNKNOWN if data[name] is None else render.gigabytes(data[name])
+    def sized(name: str) -> str:
+        return UNKNOWN if data[name] is None else size(data[name])
 
     edited = data["edited_parameters"]
     return {
-        "reads": size("reads"),
-        "writes": f"{size('writes')}, {size('disk_free')} free",
-        "memory for the weights": f"{size('memory')}, {size('memory_free')} free",
-        "peak memory": None if data.get("peak_memory") is None else size("peak_memory"),
-        "read when needed": f"{size('read_when_needed')} in {data['passes']} passes, {size('bytes_read')} in all"
+        "reads": sized("reads"),
+        "writes": f"{sized('writes')}, {sized('disk_free')} free",
+        "memory for the weights": f"{sized('memory')}, {sized('memory_free')} free",
+        "peak memory": None if data.get("peak_memory") is None else sized("peak_memory"),
+        "read when needed": f"{sized('read_when_needed')} in {data['passes']} passes, {sized('bytes_read')} in all"
         if data.get("read_when_needed")
         else None,
         "edits": None
@@ -175,7 +175,7 @@ def gate(data: Data) -> View:
         hooks, file = data["likelihood"]["hooks"], data["likelihood"]["file"]
         yield Text(
             f"loaded again: {data['same_labels']} of {data['prompts']} labels the same, likelihood of the same replies "
-            f"{hooks:.3f} as hooks, {file:.3f} from the file",
+            f"{hooks:.3f} as hooks, {file:.3f} from the file, KL per token {data['kl']:.4f}",
             style="dim",
         )
 
@@ -209,7 +209,7 @@ def adapted(data: Data) -> View:
         "modules": len(rows),
         "form": ", ".join(sorted({row["form"] for row in rows})),
         "rank": made["rank"],
-        "size": render.gigabytes(made["bytes"]),
+        "size": size(made["bytes"]),
         "left out of a module's change": "nothing but rounding" if made["exact"] else f"{made['error']:.2%} at most",
     }
     yield render.names_and_values(facts)

@@ -115,7 +115,7 @@ def bake(
     model: nn.Module,
     *,
     rounding: str = "auto",
-    check: Callable[[Path, ExportResult], None] | None = None,
+    check: Callable[[Path, ExportResult, list[Patch]], None] | None = None,
 ) -> ExportResult:
     """Write the edited checkpoint to `out`, which appears whole or not at all.
 
@@ -126,8 +126,8 @@ def bake(
         out: Folder to make; may exist if empty. The work is done in `out.partial`.
         model: The loaded model, by whose values the tensors of the files are recognised; it is not changed.
         rounding: q4_0 or q8_0 for matrices whose edit survives a later plain pass of that type; else the nearest value.
-        check: Called with `out.partial` and the result when all bytes are there and before it is renamed; gates, reload
-            tests and the card belong here. What it raises leaves `out.partial` for inspection.
+        check: Called with `out.partial`, the result and what was overwritten when all bytes are there and before it is
+            renamed; gates, reload tests and the card belong here. What it raises leaves `out.partial` for inspection.
 
     Returns:
         What was written.
@@ -157,7 +157,7 @@ def bake(
         if rounding in RANGES:
             result = replace(result, rounding={"type": rounding, **sum(cost, Cost()).to_json()})
         if check:
-            check(folder, result)
+            check(folder, result, patches)
     return result
 
 

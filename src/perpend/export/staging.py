@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from perpend.errors import RunFailed, UsageError
+from perpend.units import size
 
 try:
     import fcntl
@@ -34,9 +35,7 @@ def staged(out: Path, need: int) -> Iterator[Path]:
     parent = next(p for p in out.parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < need + HEADROOM:
-        raise UsageError(
-            f"needs {(need + HEADROOM) / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free", where=str(parent)
-        )
+        raise UsageError(f"needs {size(need + HEADROOM)} of disk space, {size(free)} are free", where=str(parent))
     unfinished = out.with_name(out.name + ".partial")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -187,8 +187,7 @@ def _along_shared(change: Change, pairs: Pairs, found: Shared) -> Change:
     side = 0 if found.side == "output" else 1
     if change.shape[side] != directions.shape[1]:
         return change
-    pair = next(p for p in pairs.matched if p.before.name == change.tensor)
-    read = pairs.read(pair)
+    read = pairs.read(pairs.by_name[change.tensor])
     assert read is not None
     w, new = read if change.part is None else (read[0][change.part], read[1][change.part])
     if side == 1:

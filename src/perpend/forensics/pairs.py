@@ -63,6 +63,7 @@ class Pairs:
         before: The base.
         after: The other.
         matched: Tensors of the same shape, in the base's order.
+        by_name: The same by their name in the base.
         missing: Names that only the base has.
         added: Names that only the other has.
         reshaped: Names whose shapes differ.
@@ -78,6 +79,7 @@ class Pairs:
         names = _matched(self.before.tensors, self.after.tensors)
         pairs = [Pair(self.before.tensors[a], self.after.tensors[b]) for a, b in names.items()]
         self.matched = tuple(pair for pair in pairs if pair.before.shape == pair.after.shape)
+        self.by_name = {pair.before.name: pair for pair in self.matched}
         self.reshaped = tuple(pair.before.name for pair in pairs if pair.before.shape != pair.after.shape)
         self.missing = tuple(sorted(set(self.before.tensors) - set(names)))
         self.added = tuple(sorted(set(self.after.tensors) - set(names.values())))

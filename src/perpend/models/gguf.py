@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,11 @@ from perpend.errors import MissingExtra, UsageError
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+MAX_DIMS, MAX_NESTING, MAX_ALIGNMENT = 8, 8, 1 << 20
+"""Bounds on what a hostile or damaged file may claim; the format itself knows at most 4 dimensions."""
+MAX_TEXT = 1 << 26
+"""Longest text that is read, in bytes: a chat template or a licence, not the vocabulary, which is skipped."""
 
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 """Tokens that end a turn although a file names another end token, or none."""
@@ -91,22 +96,41 @@ def layout(path: Path) -> Layout:
         raise MissingExtra("gguf", "gguf", f"reading {path.name}") from None
     with _opened(path) as (file, count, pairs):
         facts = _pairs(file, pairs)
-        align, pairs_end, found = int(facts.get("general.alignment", 32)) or 32, file.tell(), []
+        align, pairs_end = _alignment(facts), file.tell()
+        found: dict[str, TensorInfo] = {}
         for _ in range(count):
-            name = _text(file)
-            shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))[::-1]
+            name, dims = _text(file), _number(file, "I")
+            if name in found:
+                raise ValueError("a tensor comes twice")
+            if dims > MAX_DIMS:
+                raise ValueError(f"a tensor of {dims} dimensions")
+            shape = tuple(_number(file, "Q") for _ in range(dims))[::-1]
             kind = GGMLQuantizationType(_number(file, "I"))
             block, size = GGML_QUANT_SIZES[kind]
-            found.append(TensorInfo(name, shape, kind.name, _number(file, "Q"), math.prod(shape) // block * size))
+            found[name] = TensorInfo(name, shape, kind.name, _number(file, "Q"), math.prod(shape) // block * size)
         data, have = -(-file.tell() // align) * align, path.stat().st_size
-        placed = {t.name: TensorInfo(t.name, t.shape, t.type, data + t.begin, t.nbytes) for t in found}
-        needed = max((t.begin + t.nbytes for t in placed.values()), default=data)
-        if needed > have:
-            raise ValueError(f"{have} bytes of {needed}")
-        if len(placed) < count:
-            raise ValueError("a tensor comes twice")
+        placed = {t.name: replace(t, begin=data + t.begin) for t in found.values()}
+        _require_apart(placed.values(), data, have)
         file.seek(4)
         return Layout(path, _number(file, "I"), facts, pairs, pairs_end, placed, align)
+
+
+def _alignment(facts: Mapping[str, Any]) -> int:
+    align = facts.get("general.alignment", 32)
+    if type(align) is not int or not 1 <= align <= MAX_ALIGNMENT:
+        raise ValueError(f"an alignment of {str(align)[:40]}")
+    return align
+
+
+def _require_apart(tensors: Iterable[TensorInfo], data: int, have: int) -> None:
+    """Refuse data that the file does not hold, or that two tensors share."""
+    at = data
+    for tensor in sorted(tensors, key=lambda t: (t.begin, t.nbytes)):
+        if tensor.begin < at:
+            raise ValueError(f"tensor {tensor.name[:200]!r} overlaps the one before it")
+        at = tensor.begin + tensor.nbytes
+        if at > have:
+            raise ValueError(f"{have} bytes of {at}")
 
 
 def elements(path: Path) -> int:
@@ -174,16 +198,24 @@ def _number(file: BinaryIO, kind: str) -> Any:
 
 
 def _text(file: BinaryIO) -> str:
-    return file.read(_number(file, "Q")).decode("utf-8")
+    length = _number(file, "Q")
+    if length > MAX_TEXT:
+        raise ValueError(f"claims a text of {length} bytes")
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError("ends within a text")
+    return data.decode("utf-8")
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
     """Return a value of the header, None for an array, which is skipped."""
     if kind == _STRING:
         return _text(file)
     if kind != _ARRAY:
         return _number(file, _NUMBERS[kind])
     inner, length = _number(file, "I"), _number(file, "Q")
+    if depth > MAX_NESTING:
+        raise ValueError("arrays within arrays")
     if inner in _NUMBERS:
         file.seek(length * struct.calcsize(f"<{_NUMBERS[inner]}"), 1)
         return None
@@ -191,7 +223,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
         if inner == _STRING:
             file.seek(_number(file, "Q"), 1)
         else:
-            _value(file, inner)
+            _value(file, inner, depth + 1)
     return None
 
 

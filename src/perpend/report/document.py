@@ -311,6 +311,8 @@ class Gate(_Part):
     same_labels: int
     same_replies: int
     likelihood: Likelihood
+    kl: Number = None
+    """Mean KL(hooks ‖ saved file) per token of the same replies, nats."""
     worst: float
 
 

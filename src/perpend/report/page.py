@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 from pydantic import ValidationError
 
+from perpend import units
 from perpend._version import __version__
 from perpend.errors import UsageError
 from perpend.report import figures
@@ -61,8 +62,8 @@ def render(document: Document) -> str:
         "signed": signed,
         "span": span,
         "points": points,
-        "size": size,
-        "clock": clock,
+        "size": units.size,
+        "clock": units.seconds,
     }
     style, script = (_asset(name) for name in ("report.css", "report.js"))
     return environment.get_template("report.html.jinja").render(
@@ -212,14 +213,3 @@ def span(bounds: Sequence[float | None] | None, form: str = ".1%") -> str:
     if not bounds or None in bounds:
         return "–"
     return f"{bounds[0]:{form}} – {bounds[1]:{form}}".replace("%", "\u2009%")
-
-
-def size(value: float) -> str:
-    """Return bytes as MB or GB."""
-    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def clock(value: float) -> str:
-    """Return seconds as a person says them."""
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{value:.1f} s"

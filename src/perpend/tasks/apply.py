@@ -16,8 +16,7 @@ from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
 from perpend.export.card import CardFacts, write_card
-from perpend.export.checkpoint import Checkpoint
-from perpend.export.shards import ExportResult, bake, plan
+from perpend.export.shards import ExportResult, Patch, bake
 from perpend.export.undo import keep
 from perpend.judges.panel import Panel
 from perpend.models.load import save_gguf
@@ -27,7 +26,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
-from perpend.tasks.gate import Gate, pass_gate, reference
+from perpend.tasks.gate import Asked, Gate, pass_gate, reference
 from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
 from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import partial_of, require_free, require_no_partial
@@ -110,12 +109,12 @@ def bake_and_prove(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     passed: list[Gate] = []
-    seen = reference(session, edit, splits.select, recipe)
+    asked = Asked(session, edit, recipe, machine, panel)
+    seen = reference(asked, splits.select)
     with original(session, output) as source:
 
-        def check(folder: Path, export: ExportResult) -> None:
-            patches = plan(Checkpoint(source), edit, session.anatomy, session.model) if recipe.export.reversible else []
-            gate = pass_gate(session, source, folder, export, edit, seen, panel, recipe, machine)
+        def check(folder: Path, export: ExportResult, patches: list[Patch]) -> None:
+            gate = pass_gate(asked, seen, source, folder, export)
             edit.save(folder / EDIT)
             write_recipe(folder, pinned(recipe, session.loaded), edit)
             write_card(folder, source, finish(folder, gate, export))

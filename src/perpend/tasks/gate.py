@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.data import Prompt, PromptPair
+from perpend.drift import Likeliest
 from perpend.errors import GateFailed
 from perpend.export.shards import ExportResult
 from perpend.export.verify import LeakRow, Untouched, leak_gate, untouched_equal
@@ -22,8 +26,22 @@ from perpend.tasks.setup import as_asked
 
 MOVED = 0.05
 """Nats per token by which the likelihood of the measured replies may differ between hooks and saved file."""
+DIVERGED = 0.1
+"""KL, in nats per token, that the saved file may have from the hooks on those replies."""
 FLIPPED = 0.25
 """Share of the subset's labels that may differ: greedy replies part ways at a tie that rounding decides."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a saved file has to answer for: an edit of an untouched model, and how its replies are made and judged."""
+
+    session: Session
+    """The untouched model; of no use once a file has been proven, for two models are never in memory at once."""
+    edit: Edit
+    recipe: Recipe
+    machine: Machine
+    panel: Panel
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class Reference:
     replies: tuple[Reply, ...]
     likelihood: float
     """Mean log-likelihood per token of the replies, in nats."""
+    expected: Mapping[int, Likeliest]
+    """What was expected at every token of a reply, by the number of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,8 @@ class Gate:
     same_replies: int
     likelihood: tuple[float, float]
     """Mean log-likelihood per token of the same replies: as hooks, and from the saved file."""
+    kl: float = 0.0
+    """Mean KL(hooks ‖ saved file) per token of the same replies, in nats; see `perpend.drift.Likeliest.kl`."""
 
     @property
     def worst(self) -> float:
@@ -63,6 +85,7 @@ class Gate:
             "same_labels": self.same_labels,
             "same_replies": self.same_replies,
             "likelihood": {"hooks": self.likelihood[0], "file": self.likelihood[1]},
+            "kl": self.kl,
             "worst": self.worst,
         }
 
@@ -72,54 +95,54 @@ def subset(pair: PromptPair, each: int) -> tuple[Prompt, ...]:
     return (*pair.target.limited(each), *pair.baseline.limited(each))
 
 
-def likelihood(session: Session, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> float:
-    """Return the mean log-likelihood per token of given replies, in nats; 0 without any."""
-    scores = session.log_likelihood(prompts, [r.tokens for r in replies])
-    total = sum(len(s) for s in scores)
-    return float(sum(s.double().sum() for s in scores)) / total if total else 0.0
+@torch.no_grad()
+def forced(
+    session: Session, prompts: Sequence[Prompt], replies: Sequence[Reply]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield of every reply with a token: its number, the log-probabilities `[n, V]` at its tokens, and the tokens."""
+    for batch in session.batches(prompts, [reply.tokens for reply in replies]):
+        logs = session.logits(batch).log_softmax(-1)
+        for row, index in enumerate(batch.index):
+            kept = batch.mask[row].to(logs.device)
+            yield index, logs[row][kept], batch.tokens[row].to(logs.device)[kept]
 
 
-def reference(session: Session, edit: Edit, pair: PromptPair, recipe: Recipe) -> Reference:
+def reference(asked: Asked, pair: PromptPair) -> Reference:
     """Measure the edit as hooks on the fixed subset, greedily."""
+    session, recipe = asked.session, asked.recipe
     prompts = subset(pair, recipe.export.gate_prompts)
-    with session.edited(edit):
+    expected: dict[int, Likeliest] = {}
+    total = count = 0.0
+    with session.edited(asked.edit):
         replies = session.generate(prompts, max_new_tokens=recipe.eval.max_new_tokens)
-        return Reference(prompts, tuple(replies), likelihood(session, prompts, replies))
+        for index, logs, tokens in forced(session, prompts, replies):
+            expected[index] = Likeliest.of(logs)
+            total, count = total + _likelihood(logs, tokens), count + len(tokens)
+    return Reference(prompts, tuple(replies), total / max(1, count), expected)
 
 
-def pass_gate(
-    session: Session,
-    source: Path,
-    folder: Path,
-    export: ExportResult,
-    edit: Edit,
-    seen: Reference,
-    panel: Panel,
-    recipe: Recipe,
-    machine: Machine,
-) -> Gate:
+def _likelihood(logs: Tensor, tokens: Tensor) -> float:
+    return float(logs.gather(-1, tokens[:, None]).double().sum())
+
+
+def pass_gate(asked: Asked, seen: Reference, source: Path, folder: Path, export: ExportResult) -> Gate:
     """Read the saved file back and compare it with what was asked and what was measured.
 
-    The model of `session` is released: two models are never in memory at once.
-
     Args:
-        session: The untouched model, by which tensors are recognised; of no use afterwards.
+        asked: What was asked.
+        seen: What the edit did as hooks.
         source: The original checkpoint.
         folder: The edited one.
         export: What was written there.
-        edit: What was asked.
-        seen: What the edit did as hooks.
-        panel: Labels the replies.
-        recipe: What may leak, and how replies are made.
-        machine: Device and dtype.
 
     Raises:
         GateFailed: a weight factor is missed, bytes differ that should not, or the file does not do what the hooks did.
     """
+    session, recipe = asked.session, asked.recipe
     leak = leak_gate(
         source,
         folder,
-        edit,
+        asked.edit,
         session.anatomy,
         session.model,
         through_post_norm=recipe.edit.through_post_norm,
@@ -127,52 +150,43 @@ def pass_gate(
         rounding=recipe.export.rounding,
     )
     untouched = untouched_equal(source, folder, export.edited, export.left_out)
-    return proven(session, ModelRef("dir", str(folder)), leak, untouched, seen, panel, recipe, machine)
+    return proven(asked, seen, ModelRef("dir", str(folder)), leak, untouched)
 
 
-def proven(
-    session: Session,
-    ref: ModelRef,
-    leak: Sequence[LeakRow],
-    untouched: Untouched,
-    seen: Reference,
-    panel: Panel,
-    recipe: Recipe,
-    machine: Machine,
-) -> Gate:
+def proven(asked: Asked, seen: Reference, ref: ModelRef, leak: Sequence[LeakRow], untouched: Untouched) -> Gate:
     """Load the saved model and compare what it does with what was measured.
 
-    The model of `session` is released: two models are never in memory at once.
-
     Args:
-        session: The untouched model; of no use afterwards.
+        asked: What was asked; its model is released.
+        seen: What the edit did as hooks.
         ref: The saved model.
         leak: What its weights say.
         untouched: What its other bytes say.
-        seen: What the edit did as hooks.
-        panel: Labels the replies.
-        recipe: How replies are made.
-        machine: Device and dtype.
 
     Raises:
         GateFailed: bytes differ that should not, or the file does not do what the hooks did.
     """
-    where = Path(ref.name)
+    where, recipe, machine = Path(ref.name), asked.recipe, asked.machine
     require_untouched(untouched, where)
-    release(session.model)
+    release(asked.session.model)
     if not seen.prompts:
         return Gate(tuple(leak), untouched, 0, 0, 0, (0.0, 0.0))
     loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
     again = as_asked(loaded, recipe, machine)
     replies = again.generate(seen.prompts, max_new_tokens=recipe.eval.max_new_tokens)
-    labels = [panel.judge(records(seen.prompts, side)).labels for side in (seen.replies, replies)]
+    labels = [asked.panel.judge(records(seen.prompts, side)).labels for side in (seen.replies, replies)]
+    total = divergence = count = 0.0
+    for index, logs, tokens in forced(again, seen.prompts, seen.replies):
+        total, count = total + _likelihood(logs, tokens), count + len(tokens)
+        divergence += float(seen.expected[index].kl(logs).sum())
     gate = Gate(
         leak=tuple(leak),
         untouched=untouched,
         prompts=len(seen.prompts),
         same_labels=sum(a == b for a, b in zip(*labels, strict=True)),
         same_replies=sum(a.tokens == b.tokens for a, b in zip(seen.replies, replies, strict=True)),
-        likelihood=(seen.likelihood, likelihood(again, seen.prompts, seen.replies)),
+        likelihood=(seen.likelihood, total / max(1, count)),
+        kl=divergence / max(1, count),
     )
     require_same(gate, where)
     return gate
@@ -196,10 +210,10 @@ def require_same(gate: Gate, folder: Path) -> None:
     """
     moved = abs(gate.likelihood[0] - gate.likelihood[1])
     flipped = gate.prompts - gate.same_labels
-    if moved > MOVED or flipped > FLIPPED * gate.prompts:
+    if moved > MOVED or gate.kl > DIVERGED or flipped > FLIPPED * gate.prompts:
         raise GateFailed(
-            f"the saved file is not what was measured: {flipped} of {gate.prompts} labels differ, and the likelihood "
-            f"of the same replies by {moved:.3f} nats per token",
+            f"the saved file is not what was measured: {flipped} of {gate.prompts} labels differ, the likelihood of "
+            f"the same replies by {moved:.3f} nats per token, and its KL from what was measured is {gate.kl:.3f}",
             where=str(folder),
-            valid=f"at most {FLIPPED:.0%} of the labels and {MOVED} nats",
+            valid=f"at most {FLIPPED:.0%} of the labels, {MOVED} and {DIVERGED} nats",
         )

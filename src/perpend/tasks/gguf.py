@@ -14,14 +14,14 @@ from perpend.errors import GateFailed, UsageError
 from perpend.export.gguf import Change, bake_gguf, leak_rows, untouched
 from perpend.export.gguf_file import layouts
 from perpend.export.shards import ExportResult
+from perpend.export.verify import LeakRow, Untouched
 from perpend.models.anatomy import Anatomy
 from perpend.models.gguf import layout
 from perpend.models.load import skeleton
-from perpend.models.session import Session
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.about import edit_facts
-from perpend.tasks.gate import Gate, proven, reference, require_untouched
+from perpend.tasks.gate import Asked, Gate, Reference, proven, reference, require_untouched
 from perpend.tasks.portable import without_folders
 from perpend.tasks.setup import open_panel, open_session, require_fitting
 
@@ -105,8 +105,8 @@ def write_gguf(
         first = ModelRef("gguf", str(files[0].path)).resolve()
         anatomy = Anatomy.of(skeleton(first, str(ref)), recipe.edit.overrides or None)
     passed: list[Gate] = []
-    seen = reference(session, edit, splits.select, recipe) if session else None
-    panel = open_panel(recipe, machine) if session else None
+    held = Asked(session, edit, recipe, machine, open_panel(recipe, machine)) if session else None
+    seen = reference(held, splits.select) if held else None
 
     def check(partial: list[Path], export: ExportResult, changes: list[Change]) -> None:
         written = [layout(path) for path in partial]
@@ -122,8 +122,8 @@ def write_gguf(
         )
         same = untouched(files, written, export.edited)
         require_untouched(same, partial[0])
-        if session and seen and panel:
-            passed.append(_run(session, partial[0], leak, same, seen, panel, recipe, machine))
+        if held and seen:
+            passed.append(_run(partial[0], held, seen, leak, same))
         else:
             passed.append(Gate(tuple(leak), same, 0, 0, 0, (0.0, 0.0)))
 
@@ -141,12 +141,12 @@ def write_gguf(
     return result, passed[0], edit_facts(edit, anatomy)
 
 
-def _run(session: Session, partial: Path, *given: Any) -> Gate:
+def _run(partial: Path, held: Asked, seen: Reference, leak: list[LeakRow], same: Untouched) -> Gate:
     """Run the saved file under a name that says that it is a GGUF file; the name is gone afterwards."""
     named = partial.with_name(f".{partial.name}{SUFFIX}")
     named.symlink_to(partial.name)
     try:
-        return proven(session, ModelRef("gguf", str(named)), *given)
+        return proven(held, seen, ModelRef("gguf", str(named)), leak, same)
     except GateFailed as error:
         raise GateFailed(error.what, where=str(partial), valid=error.valid, hint=error.hint) from None
     finally:

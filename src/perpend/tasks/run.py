@@ -22,6 +22,7 @@ from perpend.tasks.apply import bake_and_prove
 from perpend.tasks.card import card_facts
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
+from perpend.tasks.gguf import require_roundable
 from perpend.tasks.journal import Journal, journal
 from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import require_free, require_no_partial
@@ -110,6 +111,7 @@ def run(
     recipe, said, clock = (recipe or Recipe()).for_model(model), tell or (lambda name, data: None), Clock()
     require_free(output)
     require_no_partial(output)
+    require_roundable(recipe)
     ModelRef.parse(model)
     splits = open_splits(recipe)
     sizes = {s.name: len(s) for s in splits.sets()}
