@@ -229,7 +229,7 @@ def pushed(data: Data) -> View:
     """Show `perpend push`."""
     made = render.table(f"{data['repo']}, {data['revision']}", "file", "size", right=("size",))
     for file in data["files"]:
-        made.add_row(Text(printable(file["name"])), Text(render.gigabytes(file["bytes"])))
+        made.add_row(Text(printable(file["name"])), Text(size(file["bytes"])))
     yield made
     for file in data["kept"]:
         yield Text(f"stays here: {printable(file['name'])}, {file['why']}", style="dim")
@@ -237,7 +237,7 @@ def pushed(data: Data) -> View:
     verb = "would send" if data["dry_run"] else "sent"
     to = printable(str(data["output"] or data["repo"]))
     took = f" in {seconds(data['seconds'])}" if data["seconds"] else ""
-    yield Text(f"{verb} {len(data['files'])} files, {render.gigabytes(data['bytes'])}, to {to}, {seen}{took}")
+    yield Text(f"{verb} {len(data['files'])} files, {size(data['bytes'])}, to {to}, {seen}{took}")
 
 
 def report(data: Data) -> View:
