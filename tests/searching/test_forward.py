@@ -1,49 +1,36 @@
-"""A candidate is scored by forward passes; one that fails or ruins the model never looks good."""
+"""A candidate is scored by forward passes, beside others as it is alone; one that fails or ruins never looks good."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
+from scorer_cases import behaviour, directions
 
-import perpend.searching.forward as forward
+import pico
+from perpend import drift
 from perpend.config import Machine, Recipe
-from perpend.core.directions import Directions
-from perpend.core.linear import orthonormalise
-from perpend.core.schedule import Constant
-from perpend.data import Prompt, PromptPair, PromptSet
-from perpend.fitting.behaviour import Behaviour
-from perpend.judges.labels import Label
+from perpend.core.schedule import Band, Constant
+from perpend.fitting.layers import Probe
 from perpend.models.load import load_model
-from perpend.models.session import Reply, Session
+from perpend.models.session import Session
+from perpend.searching import forward
 from perpend.searching.candidate import Candidate
-from perpend.searching.forward import Scorer
-
-
-def behaviour(n: int = 6) -> Behaviour:
-    both = PromptPair(
-        *(PromptSet(k, tuple(Prompt(f"{k} {i} ?") for i in range(n)), f"{k}.txt") for k in ("target", "baseline"))
-    )
-    replies = ((Reply("no", (77, 12, 5), True), Label.REFUSE), (Reply("yes", (40, 41, 42), True), Label.COMPLY))
-    return Behaviour(both, *((reply,) * n for reply in replies))
-
-
-def directions(session: Session) -> dict[int, Directions]:
-    generator = torch.Generator().manual_seed(0)
-    layers, size = session.n_layers, session.hidden_size
-    found = {}
-    for rank in (1, 2):
-        vectors = orthonormalise(torch.randn(layers, rank, size, generator=generator)).float()
-        means = torch.randn(2, layers, size, generator=generator)
-        found[rank] = Directions(vectors, torch.ones(layers), means[0], means[1], {}, {})
-    return found
+from perpend.searching.forward import Scorer, likelihoods
 
 
 @pytest.fixture(scope="module")
 def scorer(pico_dir) -> Scorer:
-    session = Session(load_model(pico_dir("llama")), Machine(device="cpu", batch_size=4))
-    return Scorer(session, directions(session), Recipe(), behaviour())
+    return made(pico_dir("llama"))
+
+
+def made(folder, **search) -> Scorer:
+    session = Session(load_model(folder), Machine(device="cpu", batch_size=4))
+    recipe = Recipe.model_validate({"search": search})
+    return Scorer(session, directions(session), recipe, behaviour(session))
 
 
 def candidate(weight: float, rank: int = 1) -> Candidate:
@@ -64,7 +51,7 @@ def test_a_score_does_not_depend_on_what_is_scored_beside_it(scorer):
     both = [candidate(0.1), candidate(0.2, 2)]
     alone = [scorer.score([c])[0] for c in both]
     for one, other in zip(scorer.score(both[::-1])[::-1], alone, strict=True):
-        assert (one.refusal, one.drift) == pytest.approx((other.refusal, other.drift), abs=1e-6)
+        assert (one.refusal, one.drift) == pytest.approx((other.refusal, other.drift), abs=2e-5)
 
 
 def test_a_ruined_model_is_given_nothing_for_finding_refusals_unlikely(scorer, monkeypatch):
@@ -76,7 +63,7 @@ def test_a_ruined_model_is_given_nothing_for_finding_refusals_unlikely(scorer, m
 
 def test_a_candidate_that_fails_says_why_and_the_others_go_on(scorer):
     bad = replace(candidate(1.0), layer=1.0, rank=3)
-    endless = candidate(1e38)
+    endless = candidate(1e39)
     first, second, third = scorer.score([bad, endless, candidate(0.1)])
     assert first.failed
     assert second.failed
@@ -84,19 +71,88 @@ def test_a_candidate_that_fails_says_why_and_the_others_go_on(scorer):
     assert third.drift > 0
 
 
-def test_out_of_memory_halves_the_batch_and_the_score_stays(scorer, monkeypatch):
-    (whole,) = scorer.score([candidate(0.1)])
-    measure, calls = forward.drift.measure, []
+def alone(scorer: Scorer, one: Candidate) -> tuple[float, float]:
+    """What a candidate is worth, without the code under test: its edit is put in place and every reply read alone."""
+    session, questions = scorer.session, scorer.found.questions
+    edit = one.edit(session, scorer._directions, Recipe())
+    odds = []
+    with session.edited(edit):
+        for q in questions:
+            p = [math.exp(float(x.sum())) for x in session.log_likelihood([q.prompt] * len(q.replies), q.replies)]
+            refused, complied = p[: len(q.refusals)], p[len(q.refusals) :]
+            odds.append(math.log(fmean(refused) / fmean(complied)))
+    probe = Probe.of(behaviour(session), 48)
+    cost = drift.measure(session.under(None), session.under(edit), session.batches(probe.baselines, probe.answers))
+    return fmean(odds), cost.mean
 
-    def short(*given):
-        calls.append(1)
-        if len(calls) < 3:
+
+def various() -> list[Candidate]:
+    """Candidates of every mode and rank, whose first edited layers differ, and one that edits nothing."""
+    bands = [Band(peak_weight=0.2, peak_layer=place, spread=0.5) for place in (0, 1, 2)]
+    plain = [Candidate(1.0, 1, "plain", False, Constant(weight=0.0), band) for band in bands]
+    return [
+        plain[2],
+        Candidate(1.5, 2, "column", False, bands[1], Constant(weight=0.0)),
+        plain[0],
+        Candidate(None, 1, "row", False, Constant(weight=0.1), bands[2]),
+        candidate(0.0),
+        Candidate(0.3, 2, "plain", True, bands[0], bands[1]),
+        plain[1],
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "phi3", "cohere2"])
+def test_candidates_that_go_together_are_worth_what_each_is_alone(pico_dir, family):
+    one = made(pico_dir(family), batch=5)
+    assert one.room is not None
+    assert one.room.rows == 5
+    assert len(one.room.at) == pico.LAYERS
+    for found, each in zip(one.score(various()), various(), strict=True):
+        true = alone(one, each)
+        assert found.failed is None
+        assert found.drift == pytest.approx(true[1], abs=1e-4)
+        if not found.dropped:
+            assert found.refusal == pytest.approx(true[0], abs=1e-4)
+            assert found.refusal_interval[0] <= found.refusal <= found.refusal_interval[1]
+
+
+@pytest.mark.parametrize(("family", "together"), [("mixtral", True), ("lfm2", False), ("llama4_text", False)])
+def test_what_cannot_be_a_row_of_many_goes_alone_and_is_worth_the_same(pico_dir, family, together, monkeypatch):
+    one = made(pico_dir(family))
+    assert (one.room is not None) == together
+    went, before = [], Scorer._alone
+    monkeypatch.setattr(Scorer, "_alone", lambda self, edit: (went.append(1), before(self, edit))[1])
+    some = [candidate(0.1), replace(candidate(0.1), mode="column")]
+    for found, each in zip(one.score(some), some, strict=True):
+        assert (found.refusal, found.drift) == pytest.approx(alone(one, each), abs=1e-4)
+    assert len(went) == (1 if together else 2)
+
+
+def test_out_of_memory_halves_the_rows_and_then_the_batches_and_the_score_stays(scorer, monkeypatch):
+    some = [candidate(0.1), candidate(0.2), candidate(0.3)]
+    whole = scorer.score(some)
+    together, sizes, calls = Scorer._together, [], []
+
+    def short(self, edits):
+        sizes.append(len(edits))
+        if len(edits) > 1 or len(sizes) == 2:
             raise torch.OutOfMemoryError("out of memory")
-        return measure(*given)
+        return together(self, edits)
+
+    def once(*given):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return likelihoods(*given)
 
     before = scorer.session.budget
-    monkeypatch.setattr(forward.drift, "measure", short)
-    (again,) = scorer.score([candidate(0.1)])
-    assert (again.refusal, again.drift) == pytest.approx((whole.refusal, whole.drift), abs=1e-6)
-    assert scorer.session.budget.forward == before.forward // 4
+    monkeypatch.setattr(Scorer, "_together", short)
+    again = scorer.score(some)
+    assert sizes == [3, 1, 1, 1]
+    monkeypatch.setattr(Scorer, "_together", lambda self, edits: short(self, [*edits, *edits]))
+    monkeypatch.setattr(forward, "likelihoods", once)
+    last = scorer.score(some[:1])
+    for found, true in zip([*again, *last], [*whole, whole[0]], strict=True):
+        assert (found.refusal, found.drift) == pytest.approx((true.refusal, true.drift), abs=1e-5)
+    assert scorer.session.budget.forward == before.forward // 2
     scorer.session.budget = before

@@ -41,7 +41,7 @@ def prepare(model: nn.Module, writers: Sequence[Writer], edit: Edit) -> list[Ins
         if part.weight == 0:
             continue
         if writer.experts is None or part.mode == "plain":
-            steps.append(partial(_hook, module, _map(module, writer, part)))
+            steps.append(partial(_hook, module, hook_map(module, writer, part)))
         else:
             shelf = getattr(model, "shelf", None) if getattr(module, writer.parameter).is_meta else None
             steps.append(partial(_overwrite, module, writer, part, shelf))
@@ -62,8 +62,12 @@ def only_hooks(steps: Sequence[Install]) -> bool:
     return all(isinstance(step, partial) and step.func is _hook for step in steps)
 
 
-def _map(module: nn.Module, writer: Writer, part: ModuleEdit) -> HookMap:
-    """Return the map of one module, on its device, in the dtype in which it computes."""
+def hook_map(module: nn.Module, writer: Writer, part: ModuleEdit) -> HookMap:
+    """Return the map of one module, on its device, in the dtype in which it computes.
+
+    Raises:
+        UsageError: a mode that needs the matrix of a quantised module.
+    """
     parameter = getattr(module, writer.parameter)
     plain = parameter.is_floating_point()
     if part.mode != "plain" and not plain:

@@ -1,0 +1,114 @@
+"""The two numbers of a candidate, prompt by prompt, from logits.
+
+*Refusal* is the log-odds, in nats, of the model's own refusals against compliant openings, both read by teacher
+forcing: log of the mean probability of the refusals minus that of the openings. Both have the same number of tokens, so
+that a model that has lost the language, to which all words are equally likely, has log-odds 0 and not a low number: it
+is given nothing for finding refusals unlikely. What it has lost shows in the drift.
+
+*Drift* is KL(untouched ‖ edited) in nats per token, over the untouched model's own answers to baselines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perpend.core.stats import bootstrap_mean
+from perpend.data import Prompt
+from perpend.errors import RunFailed
+from perpend.models.tree import Said
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A target, and what a model may say to it, as token ids; all replies are equally long."""
+
+    prompt: Prompt
+    refusals: tuple[Tokens, ...]
+    compliant: tuple[Tokens, ...]
+
+    def __post_init__(self) -> None:
+        if not self.refusals or not self.compliant:
+            raise RunFailed("a target needs a refusal and a compliant opening", where=self.prompt.text[:60])
+        if len({len(reply) for reply in self.replies}) > 1:
+            raise RunFailed("refusals and openings of a target differ in length", where=self.prompt.text[:60])
+
+    @property
+    def replies(self) -> tuple[Tokens, ...]:
+        """The refusals, then the compliant openings."""
+        return self.refusals + self.compliant
+
+    def said(self, ids: Sequence[int]) -> list[Said]:
+        """Return what is read, for a prompt that is encoded as `ids`."""
+        return [Said(tuple(ids), reply) for reply in self.replies]
+
+    def log_odds(self, likelihoods: Tensor) -> Tensor:
+        """Return the log-odds of refusing.
+
+        Args:
+            likelihoods: `[R, n]` log-likelihood of every reply under R models, in nats.
+
+        Returns:
+            `[R]`. Differentiable.
+        """
+        cut = len(self.refusals)
+        return _log_mean(likelihoods[:, :cut]) - _log_mean(likelihoods[:, cut:])
+
+
+def _log_mean(x: Tensor) -> Tensor:
+    return x.logsumexp(-1) - math.log(x.shape[-1])
+
+
+def likelihoods(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
+    """Return the log-likelihood of sequences.
+
+    Args:
+        logits: `[R, P, V]` at the columns of a tree, any float dtype.
+        places: For each of n sequences, `[m]` which column predicts each of its tokens.
+        tails: For each sequence, `[m]` its tokens.
+
+    Returns:
+        `[R, n]` in nats, float32. Differentiable.
+    """
+    place, token = (torch.cat(list(x)).to(logits.device) for x in (places, tails))
+    owner = torch.repeat_interleave(torch.tensor([len(x) for x in tails])).to(logits.device)
+    rows = []
+    for row in logits:  # one row in float32 at a time
+        single = row.float()
+        found = single[place, token] - single.logsumexp(-1)[place]
+        rows.append(found.new_zeros(len(tails)).index_add(0, owner, found))
+    return torch.stack(rows)
+
+
+def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
+    """Return the drift of every row from the last one, which is the untouched model.
+
+    Args:
+        logits: `[R + 1, P, V]` at the columns of a tree, any float dtype.
+        places: For each of n answers, `[m]` the columns that predict its tokens.
+        tails: Their tokens, which do not matter: every other token counts as well.
+
+    Returns:
+        `[R, n]` mean KL per token in nats, float32. Differentiable but in the last row.
+    """
+    base = logits[-1].detach().float()
+    whole = base.logsumexp(-1)
+    weight = (base - whole[:, None]).exp()
+    found = []
+    for row in logits[:-1]:
+        single = row.float()
+        kl = torch.where(weight > 0, weight * (base - single), 0).sum(-1) - whole + single.logsumexp(-1)
+        found.append(torch.stack([kl[place.to(kl.device)].mean() for place in places]))
+    return torch.stack(found) if found else base.new_zeros(0, len(places))
+
+
+def mean_interval(per_prompt: Tensor) -> tuple[float, tuple[float, float]]:
+    """Return the mean over prompts `[n]` and its 95 % bootstrap interval."""
+    mean, low, high = bootstrap_mean(per_prompt.double().cpu().numpy())
+    return mean, (low, high)

@@ -1,0 +1,194 @@
+"""Prompts with what is said after each of them, and how a model under many edits reads them all.
+
+The quick way puts the sequences into trees and the edits into the rows of one batch (`perpend.models.rows`). Whether a
+model reads a tree as it reads plain text is not looked up but tried, once, on a few sequences and edits that change
+much; where it does not, or where an edit cannot be one row of many, edits are read one after the other under
+`session.edited`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perpend.core.edits import Edit, ModuleEdit
+from perpend.core.linear import orthonormalise
+from perpend.data import Prompt
+from perpend.models.rows import Planted, Rows, joints, per_row
+from perpend.models.session import Session
+from perpend.models.tree import Said, plant
+from perpend.searching.objectives import Tokens, likelihoods
+
+Reduce = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""From logits `[R, P, V]` of R edits, or `[R + 1, P, V]` with the untouched model last where it looks at that, and from
+the columns and tokens of n sequences, to `[R, n]`."""
+
+LONGEST = 512
+"""Most tokens of a tree: beyond, attention to what is not seen costs more than a shared beginning saves."""
+EXACT, ROUNDED = 1e-3, 0.1
+"""Nats per token by which both ways may differ, in float32 and in a half type, whose logits differ with any batch."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much one forward pass holds.
+
+    Attributes:
+        rows: Edits that go together.
+        at: Layers at which rows may join.
+    """
+
+    rows: int
+    at: tuple[int, ...]
+
+    def tokens(self, session: Session) -> int:
+        """Return the tokens of a tree."""
+        return min(LONGEST, max(64, session.budget.forward // self.rows))
+
+    def columns(self, session: Session) -> int:
+        """Return the tokens of a tree whose logits are read."""
+        return max(1, session.budget.logits // (self.rows + 1))
+
+
+class Sheet:
+    """Sequences in the order of their prompts, in trees that are run under edits again and again.
+
+    Attributes:
+        sizes: Sequences of each prompt.
+        trees: Which of the sequences, and their tree; empty before `plant`.
+    """
+
+    def __init__(self, session: Session, prompts: Sequence[Prompt], tails: Sequence[Sequence[Tokens]]) -> None:
+        """Encode the prompts.
+
+        Args:
+            session: The untouched model.
+            prompts: As many as `tails`.
+            tails: What the model is made to say after each prompt, in several ways.
+        """
+        self.session, self.sizes = session, [len(each) for each in tails]
+        self._prompts = [prompt for prompt, each in zip(prompts, tails, strict=True) for _ in each]
+        self._tails = [tail for each in tails for tail in each]
+        self._groups = [
+            [Said(tuple(ids), tail) for tail in each]
+            for ids, each in zip(session.chat.encode(prompts), tails, strict=True)
+        ]
+        self.trees: list[tuple[range, Planted]] = []
+
+    def __len__(self) -> int:
+        return len(self._tails)
+
+    def plant(self, room: Room) -> None:
+        """Put the sequences into trees, and run the untouched model over them."""
+        first = 0
+        for where, tree in plant(self._groups, room.tokens(self.session), room.columns(self.session)):
+            last = first + sum(self.sizes[k] for k in where)
+            planted = Planted.of(self.session, tree)
+            planted.read(self.session, room.at)
+            self.trees.append((range(first, last), planted))
+            first = last
+
+    def one_by_one(self, edit: Edit | None, reduce: Reduce, base: bool = False) -> Tensor:
+        """Return what `reduce` makes of every sequence under one edit, `[n]`, in plain batches.
+
+        Args:
+            edit: What is put in place.
+            reduce: Gets the sequences of a batch as columns one after the other.
+            base: Whether `reduce` looks at the untouched model.
+        """
+        found = torch.zeros(len(self))
+        own, untouched = self.session.under(edit), self.session.under(None)
+        with torch.no_grad():
+            for batch in self.session.batches(self._prompts, self._tails):
+                rows = [own(batch), untouched(batch)] if base else [own(batch)]
+                width = batch.tokens.shape[1]
+                places = [
+                    torch.arange(n) + row * width for row, n in enumerate(len(self._tails[k]) for k in batch.index)
+                ]
+                tails = [torch.tensor(self._tails[k]) for k in batch.index]
+                logits = torch.stack([r.flatten(0, 1) for r in rows])
+                found[batch.index] = reduce(logits, places, tails)[0].cpu()
+        return found
+
+    def some(self) -> Sheet:
+        """Return the sheet of two prompts, one of which has the longest sequences."""
+        order = sorted(range(len(self._groups)), key=lambda k: -max(len(s.prompt + s.tail) for s in self._groups[k]))
+        firsts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
+        chosen = [order[0], order[-1]] if len(order) > 1 else order
+        prompts = [self._prompts[firsts[k]] for k in chosen]
+        return Sheet(self.session, prompts, [self._tails[firsts[k] : firsts[k] + self.sizes[k]][:2] for k in chosen])
+
+
+def together(planted: Planted, rows: Rows, reduce: Reduce, base: bool) -> Tensor:
+    """Return what `reduce` makes of the sequences of a tree under all edits: `[R, n]`. Differentiable."""
+    return reduce(rows.logits(planted, base), planted.tree.places, planted.tree.tails)
+
+
+def read(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room | None, *, base: bool = False) -> Tensor:
+    """Return what `reduce` makes of every sequence under every edit, `[R, n]`, the quick way where there is one.
+
+    Args:
+        sheet: The sequences; put into trees when that has not been done.
+        edits: Any number.
+        reduce: Of each sequence a number.
+        room: How edits go together; None when they do not.
+        base: Whether `reduce` looks at the untouched model.
+    """
+    if room is None or not all(per_row(sheet.session.anatomy, edit) for edit in edits):
+        return torch.stack([sheet.one_by_one(edit, reduce, base) for edit in edits])
+    if not sheet.trees:
+        sheet.plant(room)
+    found = []
+    for first in range(0, len(edits), room.rows):
+        rows = Rows(sheet.session, edits[first : first + room.rows], room.at)
+        with torch.no_grad():
+            parts = [together(planted, rows, reduce, base) for _, planted in sheet.trees]
+        found.append(torch.cat(parts, dim=1).cpu())
+    return torch.cat(found)
+
+
+def find_room(sheet: Sheet, rows: int) -> Room | None:
+    """Return how edits can go together through this model, or None: then they go one after the other.
+
+    Args:
+        sheet: What will be read; two of its prompts are tried.
+        rows: Edits that are to go together.
+    """
+    session = sheet.session
+    if session.shelf is not None or session.world.size > 1 or any(p.image is not None for p in sheet._prompts):
+        return None
+    few = sheet.some()
+    edits = [edit for edit in _strong(session) if per_row(session.anatomy, edit)]
+    alone = [few.one_by_one(edit, likelihoods) for edit in edits]
+    allowed = EXACT if session.loaded.dtype in {torch.float32, torch.float64} else ROUNDED
+    for at in dict.fromkeys((joints(session.n_layers), (0,))):
+        room = Room(rows, at)
+        if edits and _agrees(few, room, edits, torch.stack(alone), allowed):
+            return room
+    return None
+
+
+def _agrees(few: Sheet, room: Room, edits: Sequence[Edit], alone: Tensor, allowed: float) -> bool:
+    few.trees.clear()
+    try:
+        found = read(few, edits, likelihoods, room)
+    except Exception:  # a tree, or rows that join later, are more than this model's own code takes
+        return False
+    lengths = torch.tensor([len(tail) for tail in few._tails])
+    apart = ((found - alone) / lengths).abs().mean()
+    return bool(apart <= allowed)
+
+
+def _strong(session: Session) -> list[Edit]:
+    """Return edits that begin at several depths and change much, so that no mistake is too small to see."""
+    generator = torch.Generator().manual_seed(0)
+    size, n = session.hidden_size, session.n_layers
+    v = orthonormalise(torch.randn(min(8, size // 2), size, generator=generator)).float()
+    found = []
+    for first in sorted({0, n // 2, n - 1}):
+        own = [w for w in session.anatomy.writers if w.layer >= first]
+        found.append(Edit({w.name: ModuleEdit(v, 1.0) for w in own}))
+    return found
