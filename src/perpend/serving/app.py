@@ -24,6 +24,7 @@ from starlette.routing import Route
 from perpend._version import __version__
 from perpend.models.replies import Sampling
 from perpend.models.streaming import Answer, Answers, Ask
+from perpend.progress import note
 from perpend.serving.duet import Duet
 from perpend.serving.guard import Guard, Receive, Scope, Send, refusal
 from perpend.serving.requests import Comparison, Completion, Refused, ask, conversation, read
@@ -148,6 +149,8 @@ class Making(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _fail(self, refused: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+        if refused.status >= 500:
+            note(refused.message)
         if self._began:
             await self.emit(send, refused.to_json())
             await self.end(send)

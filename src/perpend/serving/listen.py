@@ -68,7 +68,12 @@ class Listener(uvicorn.Server):
             taken: What `take` returned.
             ready: Called when requests are taken.
         """
-        quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+        quiet: dict[str, Any] = {
+            "log_config": None,
+            "log_level": "critical",
+            "access_log": False,
+            "server_header": False,
+        }
         still: dict[str, Any] = {"lifespan": "off", "ws": "none", "proxy_headers": False}
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=2, **quiet, **still))
         self._taken, self._ready = taken, ready
