@@ -18,14 +18,8 @@ def duet(pico_dir):
 
 @pytest.fixture
 def url(duet, monkeypatch):
-    """A server whose answers are words that name the side and the scale, a token at a time, with markup in them."""
-    forward, decode = duet.session.model.forward, duet.session.chat.decode
-
-    def slowly(*args, **kwargs):
-        time.sleep(0.01)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(duet.session.model, "forward", slowly)
+    """A server whose answers have markup in them."""
+    decode = duet.session.chat.decode
     monkeypatch.setattr(duet.session.chat, "decode", lambda ids: HOSTILE + decode(ids))
     with listening(duet, max_new_tokens=40) as found:
         yield found
@@ -51,7 +45,12 @@ def cards(browser) -> dict[str, dict[str, str]]:
 
 
 READY = "document.getElementById('about').textContent.includes('pico')"
-BUSY = "document.querySelectorAll('.answer[aria-busy=true]').length == 2"
+WATCH = """
+    window.grown = [];
+    new MutationObserver(() => {
+        const busy = [...document.querySelectorAll('.answer[aria-busy=true] .text')].map(x => x.textContent.length);
+        if (busy.length == 2) window.grown.push(busy);
+    }).observe(document.getElementById('talk'), {subtree: true, childList: true, characterData: true})"""
 DONE = """!document.querySelector('.answer[aria-busy=true]') && !document.getElementById('send').hidden
           && document.getElementById('status').textContent"""
 
@@ -70,15 +69,16 @@ def test_two_answers_grow_side_by_side_and_the_scale_changes_one(url, duet, brow
     browser.get(url)
     until(browser, READY)
     assert browser.switch_to.active_element.get_attribute("id") == "words"
+    browser.execute_script(WATCH)
     ask(browser, "What is <b>bread</b>?" + Keys.ENTER)
-    until(browser, BUSY)
-    begun = (
-        f"[...document.querySelectorAll('.text')].map(x => x.textContent.length).filter(n => n > {len(HOSTILE) + 3})"
-    )
-    lengths = until(browser, f"(found => found.length == 2 && found)({begun})")
     until(browser, DONE)
     first = cards(browser)
-    assert max(lengths) < max(len(found["text"]) for found in first.values()), "both had begun before either was done"
+    grown = browser.execute_script("return window.grown")
+    assert len({base for base, _ in grown}) > 5
+    assert len({edited for _, edited in grown}) > 5
+    assert any(
+        0 < base < len(first["base"]["text"]) and 0 < edited < len(first["edited"]["text"]) for base, edited in grown
+    )
     assert first["base"]["text"].startswith(HOSTILE.strip()[:40])
     assert first["base"]["text"] != first["edited"]["text"]
     assert first["edited"]["heading"] == "edited × 1"
@@ -120,13 +120,20 @@ def test_two_answers_grow_side_by_side_and_the_scale_changes_one(url, duet, brow
     assert {found for found in asked if not found.startswith("data:")} == expected
 
 
-def test_stop_and_start_over(url, duet, browser, look):
+def test_stop_and_start_over(url, duet, browser, look, monkeypatch):
+    forward = duet.session.model.forward
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(duet.session.model, "forward", slowly)
     look(1100, "light")
     browser.get(url)
     until(browser, READY)
     browser.execute_script("document.getElementById('length').value = 400")
     browser.find_element("css selector", ".idea").click()
-    until(browser, BUSY)
+    until(browser, "document.querySelectorAll('.answer[aria-busy=true]').length == 2")
     browser.find_element("id", "stop").click()
     until(browser, DONE)
     assert {found["note"] for found in cards(browser).values()} == {"broken off"}
