@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from perpend.tasks.push import push
     from perpend.tasks.quant import quant_check
     from perpend.tasks.run import run
+    from perpend.tasks.search import search
     from perpend.tasks.serve import serve
     from perpend.tasks.vector import vector
 
@@ -77,6 +78,7 @@ __all__ = [
     "push",
     "quant_check",
     "run",
+    "search",
     "serve",
     "vector",
     "write_report",
@@ -109,6 +111,7 @@ _HOMES = {
     "tasks.quant": ("quant_check",),
     "tasks.run": ("run",),
     "tasks.serve": ("serve",),
+    "tasks.search": ("search",),
     "tasks.vector": ("vector",),
 }
 _RENAMED = {"load_recipe": "load"}

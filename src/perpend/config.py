@@ -160,7 +160,7 @@ class ExportSection(_Section):
 
 
 class SearchSection(_Section):
-    """How a search looks for an edit, and which one it takes; read by `perpend.search`, which no command uses yet."""
+    """How `perpend search` looks for an edit, and which one it takes."""
 
     trials: int = Field(default=160, ge=1)
     """Candidate edits that are scored, at most."""

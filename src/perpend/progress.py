@@ -80,3 +80,26 @@ def track(
             reporter.advance(task, size(item) if size else 1)
     finally:
         reporter.finish(task)
+
+
+@contextmanager
+def meter(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that moves a progress task on to so many units; for work that others do as well.
+
+    Args:
+        label: A short noun or verb phrase, shown left of the bar.
+        total: Units in all.
+    """
+    reporter = _reporter.get()
+    task, done = reporter.start(label, total), 0
+
+    def reach(units: int) -> None:
+        nonlocal done
+        if units > done:
+            reporter.advance(task, units - done)
+            done = units
+
+    try:
+        yield reach
+    finally:
+        reporter.finish(task)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from perpend.cli.flags import FLAGS
+from perpend.cli.flags import FLAGS, SEARCH_FLAGS
 from perpend.cli.main import COMMANDS, app
+from perpend.cli.search import CHOSEN_BY_SEARCH
 from perpend.config import Machine, Recipe, keys, load
 
 
@@ -62,18 +63,23 @@ VALUES = {
     "mode": ("column", "column"),
     "max_new_tokens": ("32", 32),
     "classifier": ("none", "none"),
+    "trials": ("7", 7),
+    "minutes": ("1.5", 1.5),
+    "max_drift": ("0.1", 0.1),
+    "min_acceptance": ("0.9", 0.9),
 }
 
 
-def test_every_flag_of_the_recipe_reaches_it(cli, task):
-    calls = task("run")
+@pytest.mark.parametrize(("command", "left_out"), [("run", SEARCH_FLAGS), ("search", CHOSEN_BY_SEARCH)])
+def test_every_flag_of_the_recipe_reaches_it(cli, task, command, left_out):
+    calls = task(command)
     typed, expected = [], {}
     for name, flag in FLAGS.items():
-        if flag.key:
+        if flag.key and name not in left_out:
             text, value = (None, flag.value) if flag.kind is bool else VALUES[name]
             typed += [flag.names[0], *([text] if text else [])]
             expected[flag.key] = value
-    assert cli("run", "org/m", "-o", "out", *typed).code == 0
+    assert cli(command, "org/m", "-o", "out", *typed).code == 0
     (args, kwargs) = calls[0]
     assert args == ("org/m",)
     assert kwargs["output"] == Path("out")

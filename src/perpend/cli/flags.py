@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 RECIPE, PROMPTS, EDIT, REPLIES = "Recipe", "Prompts", "Direction and edit", "Replies and judges"
-ALLOW, MACHINE, OUTPUT = "Exceptions", "Machine", "Output"
+SEARCH, ALLOW, MACHINE, OUTPUT = "Search", "Exceptions", "Machine", "Output"
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,55 @@ FLAGS: dict[str, Flag] = {
         metavar="N",
     ),
     "edit": Flag(("--edit", "-e"), Path, "Edit made by `perpend fit`.", EDIT, metavar="FILE"),
+    "search": Flag(("--search",), bool, "Search for the edit, as perpend search does.", SEARCH),
+    "trials": Flag(
+        ("--trials",),
+        int,
+        "Candidate edits that are scored, at most.",
+        SEARCH,
+        key="search.trials",
+        default="160",
+        metavar="N",
+    ),
+    "minutes": Flag(
+        ("--minutes",),
+        float,
+        "No trial begins after so many minutes.",
+        SEARCH,
+        key="search.minutes",
+        metavar="N",
+    ),
+    "max_drift": Flag(
+        ("--max-drift",),
+        float,
+        "Take the most acceptance at a drift of at most so many nats per token.",
+        SEARCH,
+        key="search.max_drift",
+        metavar="NATS",
+    ),
+    "min_acceptance": Flag(
+        ("--min-acceptance",),
+        float,
+        "Take the least drift with at least this acceptance rate; without both: the knee of the front.",
+        SEARCH,
+        key="search.min_acceptance",
+        metavar="SHARE",
+    ),
+    "storage": Flag(
+        ("--storage",),
+        str,
+        "Journal file or postgresql:// URL for machines that share trials; without -o: join.",
+        SEARCH,
+        metavar="WHERE",
+    ),
+    "workers": Flag(
+        ("--workers",),
+        int,
+        "Processes on this machine, each on a device of its own.",
+        SEARCH,
+        default="1",
+        metavar="N",
+    ),
     "dry_run": Flag(("--dry-run",), bool, "Check everything that can be checked and say what would be done.", OUTPUT),
     "json": Flag(("--json",), bool, "Print the result as JSON on stdout.", OUTPUT),
     "quiet": Flag(("--quiet", "-q"), bool, "Print nothing but the path of what was written, and errors.", OUTPUT),
@@ -317,6 +366,7 @@ EVERYWHERE = ("json", "quiet", "verbose", "debug")
 PROMPT_FLAGS = ("target", "baseline", "system", "chat_template", "limit")
 FIT_FLAGS = ("method", "layer", "strategy", "modules_per_batch", "no_filter", "mode", "allow_partial")
 REPLY_FLAGS = ("sample", "max_new_tokens", "classifier")
+SEARCH_FLAGS = ("trials", "minutes", "max_drift", "min_acceptance", "storage", "workers")
 RECIPE_FLAGS = ("config", "assignments", "seed")
 MACHINE_FLAGS = (
     "device",

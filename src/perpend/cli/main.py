@@ -28,12 +28,14 @@ from perpend.cli.output import Output
 from perpend.cli.push import push
 from perpend.cli.report import report
 from perpend.cli.run import run
+from perpend.cli.search import search
 from perpend.cli.serve import serve
 from perpend.cli.vector import vector
 from perpend.errors import Interrupted
 
 COMMANDS = (
     run,
+    search,
     fit,
     apply,
     adapter,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
+from perpend.cli.flags import FIT_FLAGS, FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS, SEARCH_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
+from perpend.cli.search import run_search
+from perpend.errors import UsageError
 
 
 @command(
@@ -13,6 +15,8 @@ from perpend.cli.options import MAKE, Model, Request, command
     options=(
         "output",
         "dry_run",
+        "search",
+        *SEARCH_FLAGS,
         *RECIPE_FLAGS,
         *PROMPT_FLAGS,
         *FIT_FLAGS,
@@ -30,8 +34,14 @@ from perpend.cli.options import MAKE, Model, Request, command
 def run(model: Model = None, *, request: Request) -> None:
     """Fit, apply and eval in one go.
 
-    Writes the edited model, its measurements before and after, its card, and the recipe that made it.
+    Writes the edited model, its measurements before and after, its card, and the recipe that made it. With --search
+    the edit is searched for, as by perpend search.
     """
+    if request["search"]:
+        run_search(model, request)
+        return
+    if given := [name for name in SEARCH_FLAGS if request[name] is not None]:
+        raise UsageError("is of a search", where=FLAGS[given[0]].names[0], hint="--search")
     output, recipe = request.output, request.recipe(model)
     result = perpend.run(
         recipe.model.id,

@@ -317,10 +317,20 @@ class Gate(_Part):
 
 
 class Front(_Part):
-    """A candidate of a search that no other beats on both counts."""
+    """A candidate of a search that no other beats on both counts, or that replied to check the score."""
 
     refusal: float
+    """Score on the select split, by forward passes; lower refuses less."""
     drift: float
+    """Nats per token, select split."""
+    name: str = ""
+    words: str = ""
+    on_front: bool = True
+    chosen: bool = False
+    acceptance: Rate | None = None
+    """Target prompts of the select split, at full length, of a finalist."""
+    weights: dict[str, tuple[float, ...]] = {}
+    """Weight factor of every layer, per component."""
 
 
 class Score(_Part):

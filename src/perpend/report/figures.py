@@ -166,10 +166,37 @@ def tried(choice: Choice) -> Markup:
 
 
 def front(points: Sequence[Front]) -> Markup:
-    """Show the candidates of a search that no other beats on both counts."""
+    """Show the candidates of a search, the chosen one marked."""
     told = f"{len(points)} candidates, drift from {min(p.drift for p in points):.3g} nats"
-    marks = [(p.drift, p.refusal, f"drift {p.drift:.3g}, refusal {p.refusal:.3g}", False) for p in points]
-    return _scatter("front", "Front of the search", told, marks, "drift, nats per token", "refusal")
+    marks = [(p.drift, p.refusal, _named(p), p.chosen) for p in points]
+    return _scatter("front", "Front of the search", told, marks, "drift, nats per token", "refusal, by score")
+
+
+def _named(point: Front) -> str:
+    accepted = f", {point.acceptance.share:.0%} accepted" if point.acceptance else ""
+    return f"{point.name}, drift {point.drift:.3g}, refusal {point.refusal:.3g}{accepted}".lstrip(", ")
+
+
+def schedules(points: Sequence[Front]) -> Markup:
+    """Show the weight factors of the candidates that were judged at full length, the chosen one in colour."""
+    shown = sorted((p for p in points if p.weights and (p.acceptance or p.chosen)), key=lambda p: p.chosen)
+    parts = sorted({part for p in shown for part in p.weights})
+    every = [w for p in shown for row in p.weights.values() for w in row] or [0.0]
+    layers = max((len(row) for p in shown for row in p.weights.values()), default=1)
+    height = 268.0
+    y = Scale(min(0.0, *every) * 1.05, max(0.1, *every) * 1.08, height - 42, TOP + 6)
+    x = Scale(0, max(1, layers - 1), LEFT, RIGHT)
+    told = f"{len(shown)} candidates; chosen: {next((p.words for p in shown if p.chosen), 'none')}"
+    figure = Figure("schedules", "Weight factors of the finalists by layer", told, height)
+    figure.grid_y(y, ticks(y.low, y.high), LEFT, RIGHT, ".3g", "")
+    figure.grid_x(x, [round(v) for v in ticks(0, layers - 1, 6) if v == round(v)], TOP + 6, height - 42, ".0f", "layer")
+    chosen = [(f"s{k}", f"{part}, chosen") for k, part in enumerate(parts)]
+    figure.key([*chosen, ("faint", "other finalists")], LEFT, 14)
+    for point in shown:
+        for k, part in enumerate(parts):
+            row = point.weights.get(part, ())
+            figure.path([(x(n), y(w)) for n, w in enumerate(row)], f"line s{k}" if point.chosen else "line faint")
+    return figure.svg()
 
 
 def _scatter(

@@ -84,6 +84,13 @@ def render(document: Document) -> str:
     )
 
 
+def standalone(figure: Markup) -> str:
+    """Return a figure as an SVG file of its own, with the styles of the page."""
+    style = Markup("<style>svg{{background:var(--paper)}}{}</style>").format(Markup(_asset("report.css")))
+    head, body = str(figure).split(">", 1)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
+
+
 def _asset(name: str) -> str:
     return resources.files("perpend.report").joinpath("templates", name).read_text(encoding="utf-8").strip()
 
@@ -100,6 +107,7 @@ def drawn(document: Document) -> dict[str, Markup]:
         found["schedule"] = figures.schedule(document.edit, document.gate)
     if document.front:
         found["front"] = figures.front(document.front)
+        found["schedules"] = figures.schedules(document.front)
     return found
 
 

@@ -126,6 +126,8 @@ def spread_out(items: Sequence[T], n: int) -> list[T]:
     """Return at most `n` of the items, evenly along their order, the first and the last among them."""
     if n >= len(items):
         return list(items)
+    if n < 1:
+        return []
     if n == 1:
         return [items[-1]]
     return [items[round(k * (len(items) - 1) / (n - 1))] for k in range(n)]

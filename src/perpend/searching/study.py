@@ -255,6 +255,7 @@ class Ledger:
             if not trial.finished and trial is not lead:
                 with contextlib.suppress(UpdateFinishedTrialError):  # so that a dashboard shows it
                     self.storage.set_trial_state_values(trial.id, TrialState.RUNNING)
+                    self.storage.set_trial_user_attr(trial.id, "owner", self.worker)
         return True
 
     def end(self, batch: Batch, outcomes: Sequence[Outcome], seconds: float) -> bool:

@@ -19,7 +19,7 @@ from perpend.models.session import Session
 from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import RECIPE, pinned
 
-Task = Literal["run", "fit", "apply", "eval", "bench"]
+Task = Literal["run", "search", "fit", "apply", "eval", "bench"]
 
 
 def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dic
 
 _COMMANDS: dict[Task, str] = {
     "run": f"perpend run --config {RECIPE} -o OUT",
+    "search": f"perpend run --config {RECIPE} -o OUT",
     "fit": f"perpend fit --config {RECIPE} -o OUT",
     "apply": f"perpend apply {RECIPE} -o OUT",
     "eval": f"perpend eval --config {RECIPE} --edit EDIT -o OUT",

@@ -19,8 +19,9 @@ from perpend.models.load import load_model, materialise_gguf
 from perpend.refs import ModelRef
 from perpend.tasks.measure import Side, ask, cost, judge
 from perpend.tasks.output import ANOTHER, require_free, to_text
-from perpend.tasks.run import Run, Tell, run
+from perpend.tasks.run import Run, run
 from perpend.tasks.setup import as_asked, open_panel
+from perpend.tasks.trials import Tell
 from perpend.teaching import adapter, shipped
 
 LIMIT = 200

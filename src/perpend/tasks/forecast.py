@@ -81,6 +81,7 @@ def forecast(
     fits: bool = False,
     measures: int = 0,
     bakes: bool = False,
+    searches: bool = False,
     edit: Edit | None = None,
 ) -> Forecast:
     """Say what a task would do, without loading weights or fetching anything.
@@ -94,6 +95,7 @@ def forecast(
         fits: Whether directions would be measured.
         measures: How many times the report split would be answered.
         bakes: Whether a checkpoint would be written.
+        searches: Whether the edit would be searched for, to the last trial.
         edit: The edit, where it is there already.
 
     Raises:
@@ -102,6 +104,9 @@ def forecast(
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, recipe)
     passes, tokens = _work(recipe, splits, fits, measures, bakes)
+    if searches:
+        scored, written = _trials(recipe, splits)
+        passes, tokens = passes + scored, tokens + written
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
     width = 4 if machine.dtype == "float32" else 2
     memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not size else size
@@ -189,6 +194,14 @@ def _work(recipe: Recipe, splits: Splits, fits: bool, measures: int, bakes: bool
     control = min(recipe.eval.control_prompts, len(splits.report.target)) if measures > 1 else 0
     replies = measures * sizes["report"] + control + bakes * 4 * recipe.export.gate_prompts
     return runs + replies, tokens + replies * recipe.eval.max_new_tokens
+
+
+def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
+    """Return prompts that trials and candidates read, and tokens that candidates generate at most."""
+    search, targets = recipe.search, len(splits.select.target)
+    shortly, fully = search.survivors * min(search.prompts, targets), search.finalists * targets
+    runs = 2 * search.trials * min(search.prompts, targets) + shortly + fully
+    return runs, shortly * TOKENS + fully * recipe.eval.max_new_tokens
 
 
 def _edited(bare: torch.nn.Module | None, recipe: Recipe, edit: Edit | None) -> tuple[int | None, int | None]:

@@ -17,21 +17,20 @@ from perpend.judges.panel import Panel
 from perpend.models.parallel import require_single
 from perpend.models.session import Session
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.about import Task, about, edit_facts, peak_memory
 from perpend.tasks.apply import bake_and_prove
 from perpend.tasks.card import card_facts
+from perpend.tasks.finalists import Found
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
 from perpend.tasks.gguf import require_roundable
-from perpend.tasks.journal import Journal, journal
+from perpend.tasks.journal import journal
 from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.pages import put
-from perpend.tasks.report import Report, report
+from perpend.tasks.report import Report, Stores, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
-
-Tell = Callable[[str, dict[str, Any]], None]
-"""Is told each part of the result as soon as it is known: `tell(name, data)`."""
+from perpend.tasks.trials import Tell
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,19 @@ class Run:
     """Where it came from."""
     edit: Mapping[str, Any] = field(default_factory=dict)
     """Weight factors of the edit."""
+    found: Found | None = None
+    """How it was found, of a search."""
+
+    @property
+    def task(self) -> Task:
+        """Whether the edit was searched for."""
+        return "run" if self.found is None else "search"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         facts = {"architecture": self.architecture, "coverage": list(self.coverage), "prompts": self.prompts}
         parts = {"fit": self.fitted, "report": self.report, "export": self.export, "gate": self.gate}
-        return outcome_json("run", self, facts, parts)
+        return outcome_json(self.task, self, facts, {"search": self.found, **parts})
 
 
 class Clock:
@@ -123,33 +129,60 @@ def run(
         coverage = tuple(asdict(row) for row in session.anatomy.coverage())
         said("model", {"model": model, "architecture": session.anatomy.architecture, "coverage": list(coverage)})
         clock.lap("load")
-        fitted, measured = _decide(session, splits, recipe, panel, kept, said, clock)
-        base = Run(str(output), model, session.anatomy.architecture, coverage, sizes, fitted, measured, None, None, {})
-        base = replace(base, edit=edit_facts(fitted.edit, session.anatomy))
-        facts = about("run", session, recipe, machine)
-
-        def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
-            said("gate", gate.to_json())
-            clock.lap("export and gate")
-            known = facts | {"peak_memory": peak_memory()}
-            made.append(replace(base, export=export, gate=gate, seconds=clock.stages, about=known))
-            put(folder, made[0].to_json())
-            edit, layer = fitted.edit, fitted.layer
-            return card_facts(session, edit, recipe, gate, export, output, layer=layer, report=measured)
-
-        made: list[Run] = []
-        bake_and_prove(session, fitted.edit, output, recipe, machine, splits, panel, finish)
-    return made[0]
+        fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
+        said("fit", fitted.to_json())
+        clock.lap("fit")
+        base = Run(str(output), model, session.anatomy.architecture, coverage, sizes, fitted, None, None, None, {})
+        return finished(base, session, splits, recipe, machine, panel, kept.replies, said, clock)
 
 
-def _decide(
-    session: Session, splits: Splits, recipe: Recipe, panel: Panel, kept: Journal, said: Tell, clock: Clock
-) -> tuple[Fitted, Report]:
-    """Fit the edit and measure it as hooks; no weight is touched."""
-    fitted = fit_edit(session, splits, recipe, replies=kept.replies, checkpoint=kept.checkpoint)
-    said("fit", fitted.to_json())
-    clock.lap("fit")
-    measured = report(session, fitted.edit, splits.report, recipe, panel, stores=kept.replies)
+def finished(
+    base: Run,
+    session: Session,
+    splits: Splits,
+    recipe: Recipe,
+    machine: Machine,
+    panel: Panel,
+    stores: Stores,
+    said: Tell,
+    clock: Clock,
+    write: Callable[[Path], None] | None = None,
+) -> Run:
+    """Measure an edit that is decided on the report split, bake it, prove it on the saved file.
+
+    Args:
+        base: With the edit in `fitted`.
+        session: The untouched model; of no use afterwards.
+        splits: Prompts.
+        recipe: Of the edit.
+        machine: How to run it.
+        panel: The judges.
+        stores: Gives a store of replies by name.
+        said: Is told each part of the result.
+        clock: Seconds per stage.
+        write: Adds files to the folder before the report is made.
+
+    Raises:
+        GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
+    """
+    fitted = base.fitted
+    assert fitted is not None
+    edit, output, made = fitted.edit, Path(base.output), list[Run]()
+    measured = report(session, edit, splits.report, recipe, panel, stores=stores)
     said("report", measured.to_json())
     clock.lap("measure")
-    return fitted, measured
+    base = replace(base, report=measured, edit=edit_facts(edit, session.anatomy))
+    facts = about(base.task, session, recipe, machine)
+
+    def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
+        said("gate", gate.to_json())
+        clock.lap("export and gate")
+        known = facts | {"peak_memory": peak_memory()}
+        made.append(replace(base, export=export, gate=gate, seconds=clock.stages, about=known))
+        if write is not None:
+            write(folder)
+        put(folder, made[0].to_json())
+        return card_facts(session, edit, recipe, gate, export, output, layer=fitted.layer, report=measured)
+
+    bake_and_prove(session, edit, output, recipe, machine, splits, panel, finish)
+    return made[0]

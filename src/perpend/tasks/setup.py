@@ -131,15 +131,20 @@ def versions() -> dict[str, str]:
 
 def journal_key(task: str, model: str, recipe: Recipe, machine: Machine, splits: Splits) -> dict[str, Any]:
     """Return what decides the partial results of a task; the cost of a search and what the export must pass do not."""
-    template = recipe.prompts.chat_template
     return {
         "task": task,
         "model": model,
         "recipe": recipe.model_copy(update={"export": ExportSection(), "search": SearchSection()}).hash(),
         "prompts": [prompts.fingerprint for prompts in splits.sets()],
-        "chat_template": hashlib.sha256(read_template(template).encode()).hexdigest() if template else None,
+        "chat_template": template_hash(recipe),
         "dtype": machine.dtype,
         **({"quantization": machine.quantization} if machine.quantization != "none" else {}),
         "batch_size": machine.batch_size,
         **versions(),
     }
+
+
+def template_hash(recipe: Recipe) -> str | None:
+    """Return the SHA-256 of the chat template that a recipe reads in place of the model's own; None without one."""
+    template = recipe.prompts.chat_template
+    return hashlib.sha256(read_template(template).encode()).hexdigest() if template else None

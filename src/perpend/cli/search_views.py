@@ -1,0 +1,59 @@
+"""What a person reads of a search."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from perpend.cli import render, views
+from perpend.cli.render import Data
+from perpend.cli.text import printable
+from perpend.units import seconds
+
+View = Iterator[RenderableType]
+
+
+def found(data: Data) -> View:
+    """Show the front with intervals, the chosen edit in words, and how far the score is to be trusted."""
+    right = ("refusal", "drift", "accepted", "broken")
+    made = render.table(
+        "Front of the search, select split", "", *right[:2], "95 %", "accepted", "95 %", "broken", right=right
+    )
+    for point in data["points"]:
+        broken = point["broken"]
+        made.add_row(
+            f"{point['name']}{' *' if point['chosen'] else ''}",
+            f"{point['refusal']:.3f}",
+            f"{point['drift']:.4f}",
+            Text(render.span(point["drift_interval"], ".4f"), style="dim"),
+            *render.rate(point["acceptance"] or point["accepted_shortly"]),
+            f"{broken['k']}/{broken['n']}" if broken else "–",
+            style="bold" if point["chosen"] else "" if point["on_front"] else "dim",
+        )
+    yield made
+    trials, untouched = data["trials"], data["untouched"]
+    ended = ", ".join(f"{n} {name}" for name, n in trials.items() if n and name != "finished")
+    yield Text(f"{trials['finished']} trials ({ended}); {printable(data['why'])}", style="dim")
+    legend = "* chosen; dim: not on the front; rates without broken are of short replies"
+    yield Text(f"refusal by score, the untouched model's {untouched['refusal']:.3f}; {legend}", style="dim")
+    correlation = data["correlation"]
+    yield Text(correlation["text"], style="yellow" if correlation["poor"] else "dim")
+    chosen = data["chosen"]
+    yield Text(f"chosen, {printable(data['rule'])}: {chosen['name']}: {chosen['words']}", style="bold")
+    if not data["met"]:
+        yield Text(f"no finalist has {printable(data['rule'])}: the nearest was taken", style="yellow")
+
+
+def written(data: Data) -> View:
+    """Say where the result went and what to type next."""
+    yield from views.written(data)
+    if data.get("output"):
+        yield Text(f"next: perpend chat {printable(shlex.quote(str(data['output'])))}")
+
+
+def joined(data: Data) -> View:
+    """Say what a process did that joined a search."""
+    yield Text(f"{data['trials']} trials of {data['study']} in {seconds(data['seconds'])}; {printable(data['why'])}")

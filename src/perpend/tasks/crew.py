@@ -1,0 +1,129 @@
+"""The processes that `--workers` starts beside the one that leads a search, each on a device of its own.
+
+They are workers like any other: `python -m perpend.tasks.crew JOB` reads from a JSON file what to do, and joins the
+study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from perpend.config import Machine, Recipe
+from perpend.data import load_splits
+from perpend.progress import note
+from perpend.searching.study import Ledger
+from perpend.tasks.setup import open_session
+from perpend.tasks.trials import deadline, join, patient, study_name
+
+GRACE = 600.0
+"""Seconds that a worker may take to end its batch."""
+
+
+def devices(machine: Machine, workers: int) -> list[str]:
+    """Return the device of each worker: every GPU in turn where none was named."""
+    import torch
+
+    if machine.device != "auto" or not torch.cuda.is_available():
+        return [machine.device] * workers
+    return [f"cuda:{k % torch.cuda.device_count()}" for k in range(workers)]
+
+
+def threads(workers: int) -> int:
+    """Return the cores that one of so many workers takes."""
+    return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // workers)
+
+
+@contextmanager
+def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str | Path) -> Iterator[None]:
+    """Keep one worker process per machine section inside the block; leaving it lets each end its batch.
+
+    Args:
+        folder: For what they are told and what they say.
+        recipe: What is searched.
+        machines: One per process.
+        where: Storage of the study.
+    """
+    running: list[tuple[subprocess.Popen[bytes], Path]] = []
+    with contextlib.ExitStack() as stack:
+        for k, machine in enumerate(machines, start=1):
+            job, log = folder / f"worker-{k}.json", folder / f"worker-{k}.log"
+            told = {"recipe": recipe.model_dump(mode="json"), "machine": machine.model_dump(mode="json")}
+            job.write_text(json.dumps({**told, "storage": str(where), "leader": os.getpid()}), encoding="utf-8")
+            said = stack.enter_context(log.open("wb"))
+            running.append((_start(job, said, threads(len(machines) + 1)), log))
+        try:
+            yield
+        finally:
+            for process, _ in running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            for k, (process, log) in enumerate(running, start=1):
+                _ended(k, process, log)
+
+
+def _start(job: Path, said: IO[bytes], cores: int) -> subprocess.Popen[bytes]:
+    """Start a worker in a session of its own, so that a Ctrl-C on the terminal reaches it by way of the leader."""
+    command = [sys.executable, "-m", "perpend.tasks.crew", str(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+    )
+
+
+def _ended(number: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    try:
+        code = process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if code not in (0, 130):
+        last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        note(f"worker {number} ended with status {code}: {last or 'it said nothing'}")
+
+
+def take_part(
+    recipe: Recipe, machine: Machine, where: str | Path, *, stop: Callable[[], str | None]
+) -> tuple[str, str, int]:
+    """Join the study of a recipe and run trials until the search ends.
+
+    Returns:
+        The study, why it ended, and the trials that this process ran.
+    """
+    splits = load_splits(recipe.prompts)
+    ledger = Ledger(where, study_name(recipe, machine, splits))
+    session = open_session(recipe.model.id, recipe, machine)
+    site = join(ledger, session, splits, recipe, stop)
+    why = site.work(stop)
+    return ledger.name, why, sum(1 for trial in site.view().finished() if trial.owner == ledger.worker)
+
+
+def main(job: str) -> int:
+    """Run one worker; returns the exit status."""
+    told: dict[str, Any] = json.loads(Path(job).read_text(encoding="utf-8"))
+    recipe, machine = (Recipe.model_validate(told["recipe"]), Machine.model_validate(told["machine"]))
+    leader = told["leader"]
+    with patient() as asked:
+        stop = deadline(recipe.search.minutes, time.monotonic(), asked)
+
+        def orphaned() -> str | None:
+            return stop() or (None if os.getppid() == leader else "the process that leads the search is gone")
+
+        _, why, ran = take_part(recipe, machine, told["storage"], stop=orphaned)
+    sys.stderr.write(f"{ran} trials; {why}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,283 @@
+"""A whole search: it takes an edit on the select split alone, proves it, goes on where it was, shares its trials."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from task_cases import MACHINE, Labels, a_recipe, names
+
+import perpend.fitting.behaviour
+import perpend.tasks.finalists as finalists
+from perpend.cli.main import main
+from perpend.config import load, to_toml
+from perpend.core.edits import Edit
+from perpend.core.maps import edit_weight
+from perpend.data import load_splits
+from perpend.errors import Interrupted, RunFailed, UsageError
+from perpend.judges.panel import Rate
+from perpend.models.session import Session
+from perpend.searching.forward import Scorer
+from perpend.searching.study import Ledger, Outcome
+from perpend.tasks.finalists import Correlation, Point
+from perpend.tasks.run import Run, run
+from perpend.tasks.search import Joined, search
+from perpend.tasks.trials import study_name
+
+FOUND = {"trials.jsonl", "front.json", "front.svg", "schedules.svg", "study.log"}
+WRITTEN = {"edit.safetensors", "recipe.toml", "report.json", "report.html", "README.md"}
+SMALL = {"trials": 12, "generation": 6, "batch": 3, "prompts": 4, "survivors": 3, "finalists": 2, "patience": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def refusing():
+    """The dictionary calls every reply to a prompt of harm a refusal: pico models say nothing that is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perpend.fitting.behaviour, "Dictionary", Labels)
+        patch.setattr(finalists, "Dictionary", Labels)
+        yield
+
+
+def recipe(folder: Path, **search):
+    data = a_recipe(folder).model_dump()
+    data |= {"edit": {}, "fit": {"filter": False}, "search": SMALL | search}
+    return type(a_recipe(folder)).model_validate(data)
+
+
+def trials(folder: Path) -> list[dict]:
+    """Every trial without what depends on who ran it and when."""
+    rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("worker", "seconds", "attempt")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, pico_dir) -> tuple[Path, Run, list[tuple[str, list[str]]]]:
+    """A folder with the output of a whole search in `out`, its result, and what was told and read in which order."""
+    folder, order = tmp_path_factory.mktemp("search"), []
+    encode = Session._encode
+
+    def watched(self, prompts, more=0):
+        order.append(("read", [p.text for p in prompts]))
+        return encode(self, prompts, more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "_encode", watched)
+        made = search(
+            str(pico_dir("llama")),
+            output=folder / "out",
+            recipe=recipe(folder),
+            machine=MACHINE,
+            tell=lambda name, data: order.append((name, [])),
+        )
+    return folder, made, order
+
+
+def test_everything_is_written_and_nothing_is_left_behind(done, pico_dir):
+    folder, made, order = done
+    assert names(folder) == {"out", "target.txt", "baseline.txt"}
+    assert names(folder / "out") == WRITTEN | FOUND | names(pico_dir("llama"))
+    told = list(dict.fromkeys(name for name, _ in order if name != "read"))
+    assert told == ["model", "trial", "front", "survivor", "finalist", "search", "report", "gate"]
+    rows = trials(folder / "out")
+    assert [row["slot"] for row in rows] == list(range(12))
+    assert sum(name == "trial" for name, _ in order) == 12
+    data, front = (json.loads((folder / "out" / name).read_text()) for name in ("report.json", "front.json"))
+    assert data["task"] == "search"
+    assert data["search"]["trials"]["finished"] == 12
+    assert [p["name"] for p in front["front"] if p["chosen"]] == [made.found.chosen.name]
+    assert front["study"]["sampler"] == "TPESampler"
+    assert "Front of the search" in (folder / "out" / "report.html").read_text()
+    for name in ("front.svg", "schedules.svg"):
+        assert (folder / "out" / name).read_text().startswith('<?xml version="1.0"')
+
+
+def test_the_report_split_is_not_read_before_the_choice_is_made(done):
+    folder, _, order = done
+    splits = load_splits(recipe(folder).prompts)
+    held_out = {p.text for side in (splits.report.target, splits.report.baseline) for p in side}
+    choice = [name for name, _ in order].index("search")
+    before = {text for _, texts in order[:choice] for text in texts}
+    after = {text for _, texts in order[choice:] for text in texts}
+    assert not before & held_out
+    assert held_out <= after
+
+
+def test_the_saved_weights_are_the_chosen_edit_and_its_recipe_makes_them_again(done, pico_dir):
+    folder, made, _ = done
+    before, after = (load_file(p / "model.safetensors") for p in (pico_dir("llama"), folder / "out"))
+    edit = Edit.load(folder / "out" / "edit.safetensors")
+    written, chosen = load(folder / "out" / "recipe.toml"), made.found.chosen.candidate
+    assert (written.edit.attention, written.edit.mlp, written.fit.rank) == (chosen.attention, chosen.mlp, chosen.rank)
+    for name, tensor in after.items():
+        module = name.removesuffix(".weight")
+        asked = edit_weight(before[name], edit.modules[module]) if module in edit.modules else before[name]
+        assert torch.equal(tensor, asked), name
+    again = run(str(pico_dir("llama")), output=folder / "again", recipe=written, machine=MACHINE)
+    assert again.fitted.edit.modules.keys() == edit.modules.keys()
+    one, other = ((folder / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == other
+
+
+def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(done, pico_dir, tmp_path, monkeypatch):
+    score, calls = Scorer.score, []
+
+    def stopping(self, candidates):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return score(self, candidates)
+
+    asked = {"output": tmp_path / "out", "recipe": recipe(done[0]), "machine": MACHINE}
+    monkeypatch.setattr(Scorer, "score", stopping)
+    with pytest.raises(Interrupted):
+        search(str(pico_dir("llama")), **asked)
+    assert names(tmp_path) == {"out.resume"}
+    monkeypatch.setattr(Scorer, "score", score)
+    search(str(pico_dir("llama")), **asked)
+    assert names(tmp_path) == {"out"}
+    assert trials(tmp_path / "out") == trials(done[0] / "out")
+    for name in ("model.safetensors", "front.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (done[0] / "out" / name).read_bytes()
+
+
+def typed(folder: Path, model: Path, *more: str) -> list[str]:
+    path = folder / "asked.toml"
+    path.write_text(to_toml(recipe(folder).model_dump(mode="json")))
+    words = ["search", str(model), "--config", str(path), "-o", str(folder / "out"), "--batch-size", "2"]
+    return [*words, "--device", "cpu", *more]
+
+
+def test_ctrl_c_ends_after_the_batch_and_the_printed_command_goes_on(done, pico_dir, tmp_path, monkeypatch, capsys):
+    score = Scorer.score
+
+    def pressed(self, candidates):
+        os.kill(os.getpid(), signal.SIGINT)
+        return score(self, candidates)
+
+    monkeypatch.setattr(Scorer, "score", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(typed(tmp_path, pico_dir("llama"), "-q")) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "interrupted after 3 trials" in error
+    assert len(trials(tmp_path / "out.resume")) == 3
+    command = shlex.split(error.partition("try: ")[2])
+    assert command[:2] == ["perpend", "search"]
+    monkeypatch.setattr(Scorer, "score", score)
+    assert main([*command[1:], "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["event"] for e in events].count("trial") == 9
+    assert events[-1]["event"] == "result"
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
+    patched = tmp_path / "path"
+    patched.mkdir()
+    tests = Path(__file__).parent
+    (patched / "sitecustomize.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
+        "import perpend.fitting.behaviour\nfrom task_cases import Labels\n"
+        "perpend.fitting.behaviour.Dictionary = Labels\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(patched), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    score, asked, storage = Scorer.score, recipe(done[0]).for_model(str(pico_dir("llama"))), tmp_path / "shared.log"
+    name, until = study_name(asked, MACHINE, load_splits(asked.prompts)), time.monotonic() + 120
+
+    def together(self, candidates):  # the other process starts later, and has to have something to do
+        while time.monotonic() < until and len(owners(Ledger(storage, name).view(6, 3).slots.values())) < 2:
+            time.sleep(0.2)
+        return score(self, candidates)
+
+    monkeypatch.setattr(Scorer, "score", together)
+    given = {"machine": MACHINE, "storage": storage, "workers": 2}
+    search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, **given)
+    assert trials(tmp_path / "out") == trials(done[0] / "out")
+    assert len(owners(Ledger(storage, name).view(6, 3).finished())) == 2
+
+
+def owners(found) -> set[str]:
+    return {trial.owner for trial in found if trial.owner}
+
+
+def test_a_storage_is_joined_and_gone_on_with(done, pico_dir, tmp_path):
+    storage, model = tmp_path / "shared.log", str(pico_dir("llama"))
+    first = recipe(done[0], trials=6)
+    search(model, output=tmp_path / "one", recipe=first, machine=MACHINE, storage=storage)
+    assert "study.log" not in names(tmp_path / "one")
+    joined = search(model, recipe=recipe(done[0], trials=9), machine=MACHINE, storage=storage)
+    assert isinstance(joined, Joined)
+    assert (joined.trials, joined.why) == (3, "9 trials have been run")
+    search(model, output=tmp_path / "two", recipe=recipe(done[0]), machine=MACHINE, storage=storage)
+    assert trials(tmp_path / "two") == trials(done[0] / "out")
+
+
+def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
+    model, storage = str(pico_dir("llama")), done[0] / "out" / "study.log"
+    asked = {"machine": MACHINE, "storage": storage}
+    told = []
+    made = search(
+        model,
+        output=tmp_path / "out",
+        recipe=recipe(done[0], max_drift=0.05, trials=60, minutes=1e-6),
+        tell=lambda name, data: told.append(data) if name == "search" else None,
+        **asked,
+    )
+    assert made.found.why == "1e-06 minutes have passed"
+    assert made.found.chosen.outcome.drift <= 0.05
+    assert made.found.rule.max_drift == 0.05
+    assert told[0]["met"]
+
+
+def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scorer, "score", lambda self, candidates: [Outcome(failed="a test") for _ in candidates])
+    with pytest.raises(RunFailed, match="no trial of 12 refuses less than the untouched model: a test"):
+        search(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe(done[0]), machine=MACHINE)
+    assert {row["failed"] for row in trials(tmp_path / "out.resume")} == {"a test"}
+
+
+def test_what_cannot_be_done_is_one_line(done, pico_dir, tmp_path, capsys):
+    model = str(pico_dir("llama"))
+    with pytest.raises(UsageError, match="no place for the result"):
+        search(model, recipe=recipe(done[0]))
+    with pytest.raises(UsageError, match="0 workers"):
+        search(model, output=tmp_path / "a", workers=0)
+    with pytest.raises(UsageError, match=r"a search has ended here.*--storage .*study\.log"):
+        search(model, output=done[0] / "out")
+    with pytest.raises(UsageError, match="needs layers to be tried"):
+        search(model, output=tmp_path / "a", recipe=type(recipe(done[0])).model_validate({"fit": {"position": "auto"}}))
+    assert main(["run", model, "-o", str(tmp_path / "a"), "--trials", "3"]) == 2
+    assert "--trials: is of a search; try: --search" in capsys.readouterr().err
+    (tmp_path / "b.resume").mkdir()
+    (tmp_path / "b.resume" / "key.json").write_text("{}")
+    with pytest.raises(UsageError, match="another recipe"):
+        search(model, output=tmp_path / "b", recipe=recipe(done[0]), machine=MACHINE)
+
+
+def test_a_dry_run_writes_nothing(done, pico_dir, tmp_path, capsys):
+    made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe(done[0]), dry_run=True)
+    assert made.forecast.prompts >= 2 * 12 * 4
+    assert main(["run", "--search", *typed(tmp_path, pico_dir("llama"), "--dry-run")[1:]]) == 0
+    assert "would write" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def point(score: float, refused: int) -> Point:
+    return Point("x", None, Outcome(score, 0.1), "", True, Rate(10 - refused, 10), Rate(refused, 10))
+
+
+def test_a_poor_correlation_is_said():
+    well = finalists._correlation([point(-k, 9 - 2 * k) for k in range(5)])
+    assert well.spearman == pytest.approx(1.0)
+    assert not well.poor
+    badly = finalists._correlation([point(k, 9 - 2 * k) for k in range(5)])
+    assert badly.poor
+    assert "poor" in str(badly)
+    assert Correlation(None, 2, 10).poor
