@@ -54,6 +54,17 @@ def test_an_offloaded_model_does_what_it_does_in_memory(both, family: str) -> No
     assert torch.equal(again, torch.cat(list(here.capture(PROMPTS))))
 
 
+def test_experts_that_happen_to_be_in_memory_are_edited_like_those_that_are_not(both) -> None:
+    here, away = both("mixtral")
+    edit = some_edit(here, "column")
+    for unit in away.shelf.units:
+        if not isinstance(unit, Unit):
+            continue
+        away.shelf.enter(unit)
+        with here.edited(edit), away.edited(edit):
+            assert here.generate(PROMPTS, max_new_tokens=5) == away.generate(PROMPTS, max_new_tokens=5)
+
+
 def test_all_batches_share_one_reading_of_the_files(both) -> None:
     away = both("llama")[1]
     size = sum(p.nbytes for layer in away.anatomy.layer_modules(away.model) for p in layer.parameters())

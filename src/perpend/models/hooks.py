@@ -43,8 +43,9 @@ def prepare(model: nn.Module, writers: Sequence[Writer], edit: Edit) -> list[Ins
         if writer.experts is None or part.mode == "plain":
             steps.append(partial(_hook, module, hook_map(module, writer, part)))
         else:
-            shelf = getattr(model, "shelf", None) if getattr(module, writer.parameter).is_meta else None
-            steps.append(partial(_overwrite, module, writer, part, shelf))
+            shelf: Shelf | None = getattr(model, "shelf", None)
+            away = shelf is not None and shelf.unit_of(module) is not None  # also when it happens to be in memory now
+            steps.append(partial(_overwrite, module, writer, part, shelf if away else None))
     return steps
 
 

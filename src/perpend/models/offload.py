@@ -358,9 +358,16 @@ class Shelf:
             self._reader.shutdown()
         self.pages._ahead.clear()
 
+    def unit_of(self, module: nn.Module) -> Unit | None:
+        """Return the unit that a module is loaded and dropped with; None for one that is always in memory."""
+        units = (unit for unit in self.units if isinstance(unit, Unit))
+        return next((unit for unit in units if any(part is module for part in unit.module.modules())), None)
+
     def change(self, module: nn.Module, change: Callable[[], object]) -> Callable[[], None]:
         """Have `change` called whenever the unit of a module has been loaded; returns what ends that."""
-        unit = next(u for u in self.units if isinstance(u, Unit) and any(part is module for part in u.module.modules()))
+        unit = self.unit_of(module)
+        if unit is None:
+            raise ValueError("the module is always in memory")
         self.clear()
         unit.changes.append(change)
 
