@@ -151,10 +151,15 @@ def test_there_is_no_module_of_odds_and_ends():
     assert not [path for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}]
 
 
+LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "it", "ja", "pt", "ru", "sl", "zh")
+
 CARRIED = (
     "py.typed",
     *(f"prompts/{kind}.{split}.jsonl" for kind in ("target", "baseline") for split in ("fit", "select", "report")),
-    "judges/dictionaries/en.toml",
+    *(
+        f"judges/dictionaries/{code}.toml"
+        for code in ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "pt", "ru", "sl", "zh"]
+    ),
     "judges/small.safetensors",
     "export/templates/card.md.jinja",
     "report/templates/report.html.jinja",

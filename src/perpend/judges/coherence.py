@@ -28,14 +28,19 @@ GARBAGE_SHARE = 0.02
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _TABLE_ROW = re.compile(r"^\s*\|.*$", re.M)
 _MARKER = re.compile(r"^\W*(?:[^\W\d_]+ )?\d+[.):\]]+[*_]*\s|^\s*[-*•+]\s|^\s*[a-z][.)]\s", re.M)
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_EAST_ASIAN = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x1000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+_WORD = re.compile(rf"[{_EAST_ASIAN}]|(?:[^\W_{_EAST_ASIAN}][{_MARKS}]*)+(?:'(?:[^\W_{_EAST_ASIAN}][{_MARKS}]*)+)*")
 _CHARACTER_LOOP = re.compile(r"(?=[^\W\d]|[!?.,])([^\s\-=_*#|~]{1,12}?)\1{9,}")
 _VOWELLESS = re.compile(r"[^aeiouy]+|.*[bcdfghjklmnpqrstvwxz]{5}.*")
 _BRACKETED = re.compile(r"[(\"'«“][^()\"'«»“”]*[)\"'»”]")
 
 
 def words(text: str) -> list[str]:
-    """Return the words of `text`, case folded, without punctuation; numbers are words."""
+    """Return the words of `text`, case folded, without punctuation; numbers are words.
+
+    In Chinese and Japanese, which leave no space between words, every character is one.
+    """
     return _WORD.findall(text.casefold().replace("’", "'"))
 
 
@@ -144,7 +149,8 @@ def foreign(reply: str, request: str) -> str:
     """Return the script that `reply` slips into although `request` is written in another, or an empty string.
 
     A reply is in another script when most of its letters are; it is mixed when foreign words turn up all along the
-    sentence outside brackets and quotation marks.
+    sentence outside brackets and quotation marks. Latin words in other scripts are names and terms, and stand beside
+    languages that need few letters for a word: they are foreign when they are most of the words.
     """
     asked = scripts(request)
     strange = Counter({name: n for name, n in scripts(reply).items() if name not in asked})
@@ -152,6 +158,9 @@ def foreign(reply: str, request: str) -> str:
     if not asked or not strange or not letters:
         return ""
     name = strange.most_common(1)[0][0]
+    if name == "LATIN":
+        row = words(_FENCE.sub(" ", reply))
+        return name if sum(script(word[0]) == name for word in row) > len(row) / 2 else ""
     if sum(strange.values()) > letters / 2:
         return name
     bare = _BRACKETED.sub(" ", reply)

@@ -276,14 +276,14 @@ class Panel:
         self.reason = "" if classifier else reason or "no classifier was given"
 
     @classmethod
-    def load(cls, classifier: str = MINOS, machine: Machine | None = None, language: str = "en") -> Panel:
+    def load(cls, classifier: str = MINOS, machine: Machine | None = None) -> Panel:
         """Load both judges; a classifier that cannot be had leaves a panel that says so in its `kind` and `reason`.
 
         Raises:
-            UsageError: no word list of that language, or a classifier that was typed wrong.
+            UsageError: a classifier that was typed wrong.
         """
         found, reason = load_classifier(classifier, machine)
-        return cls(Dictionary(language), found, reason)
+        return cls(Dictionary(), found, reason)
 
     @property
     def kind(self) -> Literal["hybrid", "dictionary only"]:

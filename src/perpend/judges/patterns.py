@@ -3,7 +3,8 @@
 A pattern is a row of words. `(a b|c)` is one of several phrases and `(a b|c)?` one or none; `word*` is any word that
 begins so, `..` up to four words of any kind, `{slot}` one of the phrases of a named list and `{slot?}` one or none; `^`
 is the beginning of a sentence and `$` its end. Patterns see sentences as words alone: case folded, curly quotes
-straightened, contractions written out, punctuation gone.
+straightened, contractions written out, punctuation gone. Of Chinese and Japanese every character is a word, in
+patterns too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from perpend.errors import UsageError, nearest
+from perpend.judges.coherence import words
 
-_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ´`", "'") | dict.fromkeys("“”„«»", '"'))
+_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ´`‚", "'") | dict.fromkeys("“”„‟«»‹›「」『』《》〈〉", '"'))
 _EMPHASIS = re.compile(r"(?<!\w)[*_]{1,3}(?=\S)|(?<=\S)[*_]{1,3}(?!\w)|^\s*#+\s*", re.M)
-_BREAK = re.compile(r"(?<=[.!?…])[\"')\]]*\s+|\n+|(?<=[a-z]):\s+(?=[\"A-Z])|\s[—–]\s")
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_BREAK = re.compile(
+    r"(?<=[.!?…])[\"')\]]*\s+|\n+|(?<=[a-z]):\s+(?=[\"A-Z])|\s[—–]\s|(?<=[。।؟۔])[\"')\]]*|(?<=[!?])(?=[\u3041-\u9fff])"
+)
+_CHARACTERS = re.compile(r"[\u3005-\u3007\u3041-\u30ff\u3400-\u9fff]|[^\u3005-\u3007\u3041-\u30ff\u3400-\u9fff]+")
 _TOKEN = re.compile(r"\(|\)\??|\||\{\w+\??\}|\.\.|\^|\$|[^\s()|{}]+")
 _FIXED = {"(": "(?:", ")": ")", ")?": ")?", "|": "|", "..": r"(?:\S+ ){0,4}", "^": "(?<=^ )", "$": "$"}
 
@@ -39,9 +43,9 @@ def sentences(text: str, contractions: Sequence[tuple[re.Pattern[str], str]]) ->
         line = piece.casefold()
         for short, full in contractions:
             line = short.sub(full, line)
-        words = _WORD.findall(line)
-        if words:
-            found.append(f" {' '.join(words)} ")
+        row = words(line)
+        if row:
+            found.append(f" {' '.join(row)} ")
     return found
 
 
@@ -72,7 +76,7 @@ def _token(token: str, slots: Mapping[str, Sequence[str]], where: str) -> str:
     if token in _FIXED:
         return _FIXED[token]
     if not token.startswith("{"):
-        return re.escape(token).replace(r"\*", r"\S*") + " "
+        return "".join(re.escape(part).replace(r"\*", r"\S*") + " " for part in _CHARACTERS.findall(token))
     name = token.strip("{?}")
     if name not in slots:
         raise UsageError(f"unknown slot '{name}'", where=where, valid=", ".join(slots), hint=nearest(name, slots))
