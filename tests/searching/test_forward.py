@@ -74,7 +74,7 @@ def test_a_candidate_that_fails_says_why_and_the_others_go_on(scorer):
 def alone(scorer: Scorer, one: Candidate) -> tuple[float, float]:
     """What a candidate is worth, without the code under test: its edit is put in place and every reply read alone."""
     session, questions = scorer.session, scorer.found.questions
-    edit = one.edit(session, scorer._directions, Recipe())
+    edit = one.edit(session, scorer.directions, Recipe())
     odds = []
     with session.edited(edit):
         for q in questions:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perpend.core.kernels import Kernel, fit_kernel
 from perpend.errors import UsageError
 from perpend.export.checkpoint import Checkpoint
 from perpend.forensics import accounts
 from perpend.forensics.change import EXPLAINS, Change, measure
-from perpend.forensics.kernels import Kernel, fit_kernel
 from perpend.forensics.pairs import Pair, Pairs, Place, matrices, read_tensor
 from perpend.forensics.shared import Shared, shared
 from perpend.forensics.verdict import Verdict, judge

@@ -27,7 +27,6 @@ from perpend.models.anatomy import Anatomy
 from perpend.models.hooks import hook_map
 from perpend.models.session import Session
 from perpend.models.tree import Tree
-from perpend.models.writers import Writer
 
 KEPT = 8
 """Layers at which a row can join, at most: what enters each of them is kept in memory."""
@@ -177,8 +176,31 @@ def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> tu
 class Rows:
     """Edits that go through a model together, a row each, and with them the untouched model."""
 
-    def __init__(self, session: Session, edits: Sequence[Edit], at: Sequence[int]) -> None:
-        """Prepare the edits.
+    def __init__(
+        self,
+        session: Session,
+        stacks: Sequence[tuple[nn.Module, Stack]],
+        joining: Mapping[int, int],
+        order: Sequence[int] = (0,),
+    ) -> None:
+        """Take maps that are made.
+
+        Args:
+            session: The untouched model.
+            stacks: Modules and their maps; differentiable where these are.
+            joining: How many rows join before a layer, by layer, in order; behind the last one by the number of layers.
+            order: Which edit is in each row.
+        """
+        self.session, self._stacks, self._joining, self._order = session, list(stacks), dict(joining), list(order)
+
+    @property
+    def n(self) -> int:
+        """Edits."""
+        return len(self._order)
+
+    @classmethod
+    def of(cls, session: Session, edits: Sequence[Edit], at: Sequence[int]) -> Rows:
+        """Prepare edits.
 
         Args:
             session: The untouched model.
@@ -188,25 +210,20 @@ class Rows:
         Raises:
             UsageError: an edit that names no writer.
         """
-        self.session, self.n = session, len(edits)
         anatomy = session.anatomy
         writers = {name: anatomy.writer(name) for edit in edits for name, p in edit.modules.items() if p.weight}
         first = [
             min((writers[name].layer for name, p in edit.modules.items() if p.weight), default=anatomy.n_layers)
             for edit in edits
         ]
-        joins = [max((j for j in [*at, anatomy.n_layers] if j <= layer), default=0) for layer in first]
-        self._order = sorted(range(len(edits)), key=lambda k: joins[k])
-        self._joining = {j: joins.count(j) for j in sorted(set(joins))}
-        self._stacks = [
-            (session.model.get_submodule(name), self._stack(writer, [edits[k] for k in self._order]))
-            for name, writer in writers.items()
-        ]
-
-    def _stack(self, writer: Writer, edits: Sequence[Edit]) -> Stack:
-        module = self.session.model.get_submodule(writer.name)
-        parts = [edit.modules.get(writer.name) for edit in edits]
-        return Stack.of([hook_map(module, writer, p) if p is not None and p.weight else None for p in parts])
+        joins = [max(j for j in [*at, anatomy.n_layers] if j <= layer) for layer in first]
+        order = sorted(range(len(edits)), key=lambda k: joins[k])
+        stacks = []
+        for name, writer in writers.items():
+            module, parts = session.model.get_submodule(name), [edits[k].modules.get(name) for k in order]
+            maps = [hook_map(module, writer, p) if p is not None and p.weight else None for p in parts]
+            stacks.append((module, Stack.of(maps)))
+        return cls(session, stacks, {j: joins.count(j) for j in sorted(set(joins))}, order)
 
     def logits(self, planted: Planted, base: bool = True) -> Tensor:
         """Return logits at the columns of the tree, in the model's dtype.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Scorer:
 
     Attributes:
         session: The untouched model.
+        directions: The directions of each k.
+        recipe: What is not searched.
         found: The questions, and how their openings were found.
         untouched: The score of the model without an edit: its refusal, and drift 0.
         room: How candidates go through the model together; None when they do not.
@@ -62,7 +65,7 @@ class Scorer:
         Raises:
             RunFailed: no prompt is left on which the model does what its class says.
         """
-        self.session, self._directions, self._recipe = session, directions, recipe
+        self.session, self.directions, self.recipe = session, directions, recipe
         probe = Probe.of(behaviour, recipe.search.prompts)
         told = Sheet(session, probe.baselines, [[answer] for answer in probe.answers])
         self.room = find_room(told, recipe.search.batch)
@@ -84,13 +87,25 @@ class Scorer:
         """Prompts of each class that a candidate is scored on."""
         return {name: len(sheet.sizes) for name, sheet in self.sheets.items()}
 
-    def score(self, candidates: Sequence[Candidate]) -> list[Outcome]:
-        """Return what each candidate is worth; one that fails says why, and the others go on."""
+    def questions(self, of: range) -> list[Question]:
+        """Return the questions whose replies are these sequences of the sheet of targets, counted over all."""
+        ends = list(accumulate(len(q.replies) for q in self.found.questions))
+        return [q for q, end in zip(self.found.questions, ends, strict=True) if of.start < end <= of.stop]
+
+    def score(
+        self, candidates: Sequence[Candidate], *, directions: Mapping[int, Directions] | None = None
+    ) -> list[Outcome]:
+        """Return what each candidate is worth; one that fails says why, and the others go on.
+
+        Args:
+            candidates: Any number; as many go together as the recipe says.
+            directions: Other directions of each k than the scorer's own.
+        """
         edits: dict[int, Edit] = {}
         outcomes: dict[int, Outcome] = {}
         for k, candidate in enumerate(candidates):
             try:
-                edits[k] = candidate.edit(self.session, self._directions, self._recipe)
+                edits[k] = candidate.edit(self.session, directions or self.directions, self.recipe)
             except Exception as error:
                 outcomes[k] = Outcome(failed=reason(error))
         quick = [k for k, edit in edits.items() if self.room is not None and per_row(self.session.anatomy, edit)]
@@ -131,7 +146,7 @@ class Scorer:
     def _together(self, edits: Sequence[Edit]) -> list[Outcome]:
         if self.room is None:
             raise RunFailed("the edits of this model do not go together")
-        rows = Rows(self.session, edits, self.room.at)
+        rows = Rows.of(self.session, edits, self.room.at)
         with torch.no_grad():
             asked = [together(p, rows, likelihoods, False) for _, p in self.sheets["target"].trees]
             told = [together(p, rows, divergence, True) for _, p in self.sheets["baseline"].trees]

@@ -143,7 +143,7 @@ def read(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room | None,
         sheet.plant(room)
     found = []
     for first in range(0, len(edits), room.rows):
-        rows = Rows(sheet.session, edits[first : first + room.rows], room.at)
+        rows = Rows.of(sheet.session, edits[first : first + room.rows], room.at)
         with torch.no_grad():
             parts = [together(planted, rows, reduce, base) for _, planted in sheet.trees]
         found.append(torch.cat(parts, dim=1).cpu())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perpend.core.schedule import CUT
+from perpend.core.schedule import CUT, NormalKernel
 
 RESOLUTION = 0.004
 """Standard error of a fitted λ that is taken for granted."""
@@ -92,6 +92,20 @@ def fit_kernel(weights: Sequence[float]) -> Kernel:
         return Kernel(kind, p[0], None, None, None, rms[chosen], others)
     kind = chosen if rms[chosen] < 0.05 else "none"
     return Kernel(kind, p[0], p[1], abs(p[2]), p[3] if chosen == "tent" else None, rms[chosen], others)
+
+
+def nearest_normal(weights: Sequence[float]) -> NormalKernel:
+    """Return the normal kernel that follows λ of every layer most closely, whether it fits or not.
+
+    Args:
+        weights: λ of layers 0 to L - 1; L at least 1.
+    """
+    y = np.asarray(weights, dtype=np.float64)
+    if not y.any():
+        return NormalKernel(peak_weight=0.0)
+    x = np.arange(len(y), dtype=np.float64)
+    _, (peak, place, spread) = _least(x, y, _normal, _starts(x, y), smooth=_smooth)
+    return NormalKernel(peak_weight=round(peak, 4), peak_layer=round(place, 4), spread=round(abs(spread), 4))
 
 
 def _rss(y: Values, made: Values) -> float:

@@ -1,0 +1,112 @@
+"""Refinement: the objective falls, the leash holds, and what comes out is what was scored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scorer_cases import behaviour, directions
+
+from perpend.config import Machine, Recipe
+from perpend.core.edits import edit_weight
+from perpend.core.schedule import Constant, NormalKernel
+from perpend.errors import UsageError
+from perpend.models.load import load_model
+from perpend.models.session import Session
+from perpend.searching.candidate import Candidate
+from perpend.searching.forward import Scorer
+from perpend.searching.refine import _Descent, descend, refine
+
+LEASH = 0.3
+
+
+def made(folder) -> Scorer:
+    session = Session(load_model(folder), Machine(device="cpu"))
+    return Scorer(session, directions(session), Recipe(), behaviour(session))
+
+
+@pytest.fixture(scope="module")
+def scorer(pico_dir) -> Scorer:
+    return made(pico_dir("llama"))
+
+
+START = Candidate(1.0, 1, "plain", False, Constant(weight=0.1), Constant(weight=0.1))
+
+
+@pytest.mark.parametrize("mode", ["plain", "column"])
+def test_the_objective_falls_and_the_leash_and_the_bound_hold(scorer, mode):
+    start = replace(START, mode=mode)
+    found = descend(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8)
+    assert found.outcome.refusal < found.start.refusal - 0.1
+    assert found.outcome.drift <= LEASH
+    values = [*found.candidate.attention.values, *found.candidate.mlp.values]
+    assert min(values) >= 0
+    assert max(values) <= 0.8
+    assert len(found.history) == 4
+    assert found.candidate == refine(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8)
+
+
+def test_a_leash_shorter_than_the_drift_of_the_start_pulls_it_back(scorer):
+    found = descend(scorer.session, scorer, START, steps=10, max_drift=1e-3)
+    assert found.start.drift > 1e-3 >= found.outcome.drift
+
+
+def test_the_gradient_is_that_of_the_objective(scorer):
+    work = _Descent(scorer.session, scorer, START, 1.2, False)
+    loss = work.loss([0], [0], 0.01, 0.5)
+    loss.backward()
+    for part, layer in ((0, 0), (1, 2)):
+        with torch.no_grad():
+            ends = []
+            for step in (1e-2, -1e-2):
+                work.factors[part, layer] += step
+                ends.append(float(work.loss([0], [0], 0.01, 0.5)))
+                work.factors[part, layer] -= step
+        assert float(work.factors.grad[part, layer]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("mode", ["plain", "column"])
+def test_what_comes_out_is_worth_the_same_with_its_exported_weights(pico_dir, mode):
+    scorer = made(pico_dir("llama"))
+    session = scorer.session
+    found = descend(session, scorer, replace(START, mode=mode), steps=5, max_drift=LEASH)
+    edit = found.candidate.edit(session, scorer.directions, scorer.recipe)
+    for name, part in edit.modules.items():
+        weight = session.model.get_submodule(name).weight
+        weight.data = edit_weight(weight.data, part)
+    questions = scorer.found.questions
+    likely = [
+        torch.stack([s.sum() for s in session.log_likelihood([q.prompt] * len(q.replies), q.replies)])
+        for q in questions
+    ]
+    odds = [float(q.log_odds(x[None])[0]) for q, x in zip(questions, likely, strict=True)]
+    assert sum(odds) / len(odds) == pytest.approx(found.outcome.refusal, abs=1e-3)
+    assert edit.modules
+
+
+def test_a_result_can_be_projected_to_kernels_and_is_scored_as_such(scorer):
+    found = descend(scorer.session, scorer, START, steps=5, max_drift=LEASH, kernel=True)
+    again = scorer.score([found.candidate])[0]
+    assert (again.refusal, again.drift) == pytest.approx((found.outcome.refusal, found.outcome.drift), abs=1e-4)
+    assert {type(found.candidate.attention), type(found.candidate.mlp)} <= {NormalKernel, Constant}
+
+
+def test_a_refined_direction_is_unit_and_does_better_than_the_weight_factors_alone(scorer):
+    options = {"steps": 30, "max_drift": LEASH}
+    turned = descend(scorer.session, scorer, START, direction=True, **options)
+    assert turned.outcome.refusal < turned.start.refusal
+    assert turned.outcome.drift <= LEASH
+    again = scorer.score([turned.candidate], directions=turned.directions)[0]
+    assert again.refusal == pytest.approx(turned.outcome.refusal, abs=1e-4)
+    vectors = turned.directions[1].vectors
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:2]))
+    moved = (vectors - scorer.directions[1].vectors).norm(dim=-1).flatten() > 1e-4
+    assert moved.nonzero().flatten().tolist() == [1]
+
+
+def test_what_cannot_be_refined_is_said(scorer):
+    with pytest.raises(UsageError, match="one direction that all layers share"):
+        descend(scorer.session, scorer, replace(START, layer=None), direction=True)
+    with pytest.raises(UsageError, match="bound"):
+        descend(scorer.session, scorer, START, bound=0.0)
