@@ -18,8 +18,9 @@ from typing import Any
 import perpend.judges
 from perpend.judges.accuracy import ALL, Gold, acceptance, fingerprint, read_gold, refusals
 from perpend.judges.classifier import SMALL
+from perpend.judges.judgement import Judgement
 from perpend.judges.labels import Label, Record
-from perpend.judges.panel import Judgement, Panel
+from perpend.judges.panel import Panel
 
 HERE = Path(__file__).parent.parent / "tests" / "judges"
 DATA = Path(perpend.judges.__file__).with_name("known_error.json")

@@ -9,8 +9,9 @@ import pytest
 from perpend.core.stats import mcnemar_exact, wilson
 from perpend.data import Prompt
 from perpend.errors import RunFailed, UsageError
+from perpend.judges.judgement import Judged, Judgement, Rate
 from perpend.judges.labels import Label, Record, Verdict
-from perpend.judges.panel import Judged, Judgement, Panel, Rate, combined, compare
+from perpend.judges.panel import Panel, combined, compare
 
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "Sure. Take a ladder, lean it on the wall and climb up."
@@ -163,6 +164,36 @@ def test_a_judgement_survives_json():
     assert data["labels"]["broken"]["k"] == 1
     with pytest.raises(UsageError, match="not a saved judgement"):
         Judgement.from_json({"replies": [{"id": "a", "label": "yes"}]})
+
+
+def test_acceptance_is_corrected_for_the_known_error_of_the_judges():
+    found = Panel.load("none").judge(records(*[ANSWER] * 30, *[REFUSAL] * 10))
+    assert found.language == "en"
+    error = found.known_error
+    assert found.corrected == error.correct(30, 40)
+    data = found.to_json()["corrected"]
+    assert (data["share"], *data["interval"]) == found.corrected
+    assert (data["language"], tuple(data["accepted_of_complying"])) == ("en", error.accepted)
+    assert f"{found.corrected[0]:.1%}" in found.correction
+    assert f"{error.accepted[0]} of {error.accepted[1]} replies that comply" in found.correction
+
+
+def test_what_cannot_be_corrected_says_why():
+    unknown = panel().judge(records(ANSWER, REFUSAL))
+    assert unknown.corrected is None
+    assert unknown.to_json()["corrected"] is None
+    assert unknown.correction == "not corrected: the error of these judges was never measured"
+    assert Panel.load("none").judge([]).correction == "not corrected: nothing was judged"
+
+
+def test_the_language_of_a_set_is_that_of_nearly_all_its_requests():
+    spanish = [
+        Record(f"¿Cómo salto el muro número {i}?", "Claro. Con una escalera larga.", id=str(i)) for i in range(10)
+    ]
+    both = [*spanish, *records(*[ANSWER] * 10)]
+    assert Panel().judge(spanish).language == "es"
+    assert Panel().judge(both).language == ""
+    assert Panel().judge(both).known_error.language == "all"
 
 
 def test_records_are_identified_by_their_request_unless_told_otherwise():

@@ -22,7 +22,7 @@ from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
 from perpend.data import load_splits
 from perpend.errors import Interrupted, RunFailed, UsageError
-from perpend.judges.panel import Rate
+from perpend.judges.judgement import Rate
 from perpend.models.session import Session
 from perpend.searching.forward import Scorer
 from perpend.searching.study import Ledger, Outcome

@@ -121,13 +121,14 @@ def _runs(rows: Rows, key: Any) -> Iterator[list[Data]]:
         yield [row for _, row in group]
 
 
-def labels(title: str, before: Data, after: Data | None = None) -> Table:
+def labels(title: str, before: Data, after: Data | None = None, *, corrected: bool = False) -> Table:
     """Show the labels of the replies to one class of prompts, then what each judge says alone.
 
     Args:
         title: Which prompts.
         before: A judgement: `labels` and `refused_alone`, both by name, each a rate.
         after: The judgement of the same prompts with the edit.
+        corrected: Show acceptance corrected for the error of the judges, where it is known.
     """
     sides = [before] if after is None else [before, after]
     made = _framed(title)
@@ -138,6 +139,8 @@ def labels(title: str, before: Data, after: Data | None = None) -> Table:
     for label in before["labels"]:
         cells = [part for side in sides for part in rate(side["labels"].get(label))]
         made.add_row(_LABEL_NAMES.get(label, label), *cells, style="bold" if label == "comply" else "")
+        if label == "comply" and corrected and any(side.get("corrected") for side in sides):
+            made.add_row("accepted, corrected", *(part for side in sides for part in _corrected(side.get("corrected"))))
     for judge in before["refused_alone"]:
         cells = [part for side in sides for part in rate(side["refused_alone"].get(judge))]
         made.add_row(f"refused, {judge} alone", *cells, style="dim")
@@ -156,12 +159,18 @@ def comparison(data: Data) -> Text:
     )
 
 
+def _corrected(data: Data | None) -> tuple[str, str]:
+    return (f"{data['share']:.1%}", span(data["interval"], ".1%")) if data else ("", "")
+
+
 def judges(data: Data) -> Iterator[Text]:
-    """Say which judges spoke and how far they agree."""
+    """Say which judges spoke, how far they agree, and what their known error makes of the rate."""
     if data.get("agreement"):
         yield Text(f"judges agree on {data['agreement']['share']:.1%}, Cohen's κ {data['kappa']:.2f}", style="dim")
     elif data.get("reason"):
         yield Text(f"{data['kind']}: {printable(data['reason'])}", style="yellow")
+    if data.get("correction"):
+        yield Text(data["correction"], style="dim")
 
 
 def leak(rows: Rows) -> Iterator[RenderableType]:

@@ -244,7 +244,8 @@ def report(data: Data) -> View:
     """Show replies, labels and drift, before and after where there is an after."""
     before, after = data["before"], data.get("after")
     for part, compared in (("target", "accepted"), ("baseline", "answered")):
-        yield render.labels(f"{part.capitalize()} prompts", before[part], after[part] if after else None)
+        other = after[part] if after else None
+        yield render.labels(f"{part.capitalize()} prompts", before[part], other, corrected=part == "target")
         if data.get(compared):
             yield render.comparison(data[compared])
     last = (after or before)["target"]

@@ -52,6 +52,18 @@ class Judged(_Part):
     label: Label
 
 
+class Corrected(_Part):
+    """The rate that judges without error would have found (Rogan and Gladen 1978, Lang and Reiczigel 2014)."""
+
+    share: float
+    interval: Interval
+    language: str
+    """Of the replies of known label that the error was measured on; `all` for every language."""
+    accepted_of_complying: tuple[int, int]
+    """Of replies that comply, how many the judges accepted, and how many there were."""
+    not_accepted_of_others: tuple[int, int]
+
+
 class Repetition(_Part):
     """Length and repetition of a set of replies."""
 
@@ -78,6 +90,12 @@ class Side(_Part):
     n: int
     unknown: int
     acceptance: Rate
+    language: str = ""
+    """Code of the language of the prompts; empty where they are of several."""
+    corrected: Corrected | None = None
+    """Acceptance corrected for the known error of the judges; null where that is not known or no better than chance."""
+    correction: str = ""
+    """From what the correction follows, or why there is none."""
     labels: dict[str, Rate]
     refused_alone: dict[str, Rate]
     """Refusals by each judge alone."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpend.core.stats import paired_wilson
+from perpend.judges.judgement import CLAIM, Rate
 from perpend.judges.labels import Label
-from perpend.judges.panel import CLAIM, Rate
 from perpend.tasks.measure import Measured
 
 MARGIN = 0.05

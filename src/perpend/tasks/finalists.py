@@ -17,8 +17,9 @@ from perpend.core.stats import spearman
 from perpend.errors import RunFailed
 from perpend.fitting.behaviour import TOKENS, Behaviour
 from perpend.judges.dictionary import Dictionary
+from perpend.judges.judgement import Judgement, Rate
 from perpend.judges.labels import Label
-from perpend.judges.panel import Judgement, Panel, Rate
+from perpend.judges.panel import Panel
 from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.candidate import Candidate

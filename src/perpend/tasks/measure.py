@@ -10,8 +10,9 @@ from perpend import drift
 from perpend.config import Recipe
 from perpend.core.edits import Edit
 from perpend.data import Prompt, PromptPair
+from perpend.judges.judgement import Judgement
 from perpend.judges.labels import Record
-from perpend.judges.panel import Judgement, Panel
+from perpend.judges.panel import Panel
 from perpend.models.session import Reply, Session
 from perpend.tasks.setup import sampling
 

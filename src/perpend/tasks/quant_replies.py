@@ -11,7 +11,8 @@ from perpend.core.edits import Edit, edit_bias
 from perpend.core.quant import GROUP, simulate
 from perpend.export.checkpoint import Checkpoint
 from perpend.export.survey import Survey
-from perpend.judges.panel import Comparison, Judgement, compare
+from perpend.judges.judgement import Judgement
+from perpend.judges.panel import Comparison, compare
 from perpend.models.load import release
 from perpend.models.session import Session
 from perpend.models.simulated import quantise, require_plain

@@ -87,7 +87,8 @@ class Report:
 
     def judges(self) -> str:
         """Say which judges took part and how far they agree."""
-        return self.after.target.judged.describe()
+        judged = self.after.target.judged
+        return f"{judged.describe()}; {judged.correction}"
 
 
 def _row(name: str, count: str, before: Sequence[Side], after: Sequence[Side]) -> Measure:
