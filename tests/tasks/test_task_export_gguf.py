@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from task_cases import MACHINE, a_recipe
 
 pytest.importorskip("gguf")
@@ -21,8 +22,11 @@ from gguf_cases import save_wide, write_gguf
 import perpend
 import perpend.export.llama_cpp as tools
 from perpend.cli.main import main
+from perpend.core.quant import simulate
 from perpend.errors import GateFailed, RunFailed, UsageError
+from perpend.export.gguf import values
 from perpend.models.anatomy import Anatomy
+from perpend.models.gguf import layout
 from perpend.models.load import load_model
 
 CONVERTER = """
@@ -169,12 +173,17 @@ def test_what_cannot_be_is_refused(case, tmp_path, asked, said):
         perpend.export_gguf(source, **given)
 
 
-def test_the_program_for_the_library_quantises(tmp_path):
-    """Against the library where it is installed: the same call as `llama-quantize`."""
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_the_library_quantises_as_it_is_simulated(tmp_path, kind):
+    """Against llama.cpp's own `llama_model_quantize`, where the package llama-cpp-python is installed."""
     pytest.importorskip("llama_cpp")
     model = load(save_wide("llama", tmp_path / "hf"))
     source = write_gguf("llama", model, tmp_path / "a.gguf", "BF16")
-    step = [sys.executable, "-c", tools.PROGRAM, str(source), str(tmp_path / "b.gguf"), "q4_0"]
+    step = [sys.executable, "-c", tools.PROGRAM, str(source), str(tmp_path / "b.gguf"), kind]
     subprocess.run(step, check=True, capture_output=True)
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "Q4_0"
+    before, after = layout(source), layout(tmp_path / "b.gguf")
+    quantised = [name for name, tensor in after.tensors.items() if tensor.type == kind.upper()]
+    assert "blk.0.ffn_down.weight" in quantised
+    for name in quantised:
+        expected = simulate(values(source, before.tensors[name]), kind)
+        assert torch.equal(values(tmp_path / "b.gguf", after.tensors[name]), expected), name

@@ -258,6 +258,8 @@ def test_a_file_that_does_not_do_what_was_measured_does_not_pass(tmp_path):
     for bad in (gate(11, -1.0), gate(16, -0.9), gate(16, -1.1), gate(16, -1.0, 0.11)):
         with pytest.raises(GateFailed, match=r"labels differ.*nats per token"):
             require_same(bad, tmp_path)
+        with pytest.raises(GateFailed, match="without --for q4_0, which weights need that lie on its lattice"):
+            require_same(bad, tmp_path, "q4_0")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

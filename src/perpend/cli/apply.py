@@ -60,6 +60,9 @@ def apply(source: Source, undo: Undo = False, *, request: Request) -> None:
     The checkpoint's own files are copied and only the edited tensors change. What was saved is read back: a module
     that misses its weight factor by more than 0.05 is an error, unless --allow-leak.
 
+    --for q4_0 is for weights that were trained for q4_0: perpend quant check says whether they were. Ordinary weights
+    keep their edit in a plain pass, and rounding them moves the model by itself, which the gate may not let through.
+
     With --undo the original of an output is written: bit for bit where the output was made with --reversible, else by
     inverting the edit, which a weight factor of 1 and row mode do not allow.
     """

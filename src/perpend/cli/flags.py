@@ -193,7 +193,7 @@ FLAGS: dict[str, Flag] = {
     "rounding": Flag(
         ("--for",),
         str,
-        "Round so that the edit survives a later plain pass: q4_0, q8_0; see docs/gguf.md.",
+        "For weights on that lattice (QAT): keep the edit in a later plain pass, q4_0 or q8_0; see docs/gguf.md.",
         EDIT,
         key="export.rounding",
         default="auto",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
+from perpend.core.quant import RANGES
 from perpend.data import Prompt, PromptPair
 from perpend.drift import Likeliest
 from perpend.errors import GateFailed
@@ -188,7 +189,7 @@ def proven(asked: Asked, seen: Reference, ref: ModelRef, leak: Sequence[LeakRow]
         likelihood=(seen.likelihood, total / max(1, count)),
         kl=divergence / max(1, count),
     )
-    require_same(gate, where)
+    require_same(gate, where, recipe.export.rounding)
     return gate
 
 
@@ -202,8 +203,14 @@ def require_untouched(untouched: Untouched, where: Path) -> None:
         raise GateFailed(f"bytes differ that were not edited: {', '.join(untouched.differing[:4])}", where=str(where))
 
 
-def require_same(gate: Gate, folder: Path) -> None:
+def require_same(gate: Gate, folder: Path, rounding: str = "auto") -> None:
     """Refuse a file that does not do what was measured.
+
+    Args:
+        gate: What was compared.
+        folder: The file.
+        rounding: What it was rounded for, as in the recipe. Rounding weights that are not on that lattice moves a model
+            by itself, and their edits survive a plain pass without it.
 
     Raises:
         GateFailed: says by how much.
@@ -216,4 +223,7 @@ def require_same(gate: Gate, folder: Path) -> None:
             f"the same replies by {moved:.3f} nats per token, and its KL from what was measured is {gate.kl:.3f}",
             where=str(folder),
             valid=f"at most {FLIPPED:.0%} of the labels, {MOVED} and {DIVERGED} nats",
+            hint=f"without --for {rounding}, which weights need that lie on its lattice (perpend quant check)"
+            if rounding in RANGES
+            else "",
         )

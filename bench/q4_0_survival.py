@@ -1,0 +1,234 @@
+"""Does an edit survive a real q4_0 quantisation by llama.cpp, on weights that lie on the q4_0 lattice?
+
+    python bench/q4_0_survival.py ORGANISM --llama-cpp DIR --work DIR [--prompts 64] [--tokens 64] > q4_0_survival.json
+
+The organism is put on the lattice, an edit is fitted on it and written twice, plainly and by `--for q4_0`. Both are
+converted by llama.cpp's converter, quantised by its `llama_model_quantize`, and answer by its own generation. What is
+in the work folder already is not made again. Needs the package llama-cpp-python and a checkout of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_cpp_greedy import greedy
+
+import perpend
+import perpend.core.maps
+import perpend.models.load
+from perpend.config import Machine, Recipe
+from perpend.core.edits import Edit
+from perpend.data import load_splits
+from perpend.export.checkpoint import Checkpoint
+from perpend.export.gguf import Change, leak_rows, plan, values
+from perpend.export.gguf_file import layouts
+from perpend.export.gguf_from import Source
+from perpend.export.llama_cpp import PROGRAM, Tools, call
+from perpend.judges.panel import Judgement, Panel, compare
+from perpend.models.load import load_model
+from perpend.models.replies import Reply
+from perpend.models.session import Session
+from perpend.models.simulated import quantise
+from perpend.tasks.measure import cost, judge
+
+PEAK, LAYER, DRIFT_TOKENS = 0.75, 17, 32
+FILES = {"base q4_0": "base.q4_0", "edit bf16": "plain.bf16", "plain q4_0": "plain.q4_0", "--for q4_0": "kept.q4_0"}
+"""What answers, and its file."""
+
+
+class Bench:
+    """The steps, each of which is made once."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked, self.work = asked, Path(asked.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        schedule = {"kind": "normal", "peak_weight": PEAK}
+        self.recipe = Recipe.model_validate(
+            {
+                "prompts": {"limit": 128},
+                "fit": {"layer": LAYER, "filter": False},
+                "edit": {"attention": schedule, "mlp": schedule},
+                "eval": {"classifier": "perpend:small", "max_new_tokens": asked.tokens},
+                "export": {"gate_prompts": 0},
+            }
+        )
+        splits = load_splits(self.recipe.prompts)
+        self.targets = splits.report.target.limited(asked.prompts).prompts
+        self.baselines = splits.report.baseline.limited(asked.prompts // 2).prompts
+        self.panel = Panel.load("perpend:small")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the JSON that a step gives, from the work folder where it is there."""
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            began = time.perf_counter()
+            made = make()
+            path.write_text(json.dumps(made))
+            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        return json.loads(path.read_text())
+
+    # -------------------------------------------------------------------------------------------------- files
+
+    def lattice(self) -> Path:
+        """Put the matrices of the organism's layers on the q4_0 lattice, kept in bfloat16."""
+        out = self.work / "lattice"
+        if not out.exists():
+            loaded = load_model(self.asked.organism, Machine(dtype="bfloat16"))
+            session: Any = Session(loaded)
+            quantise(session.model, session.anatomy, "q4_0")
+            session.model.save_pretrained(out.with_name("lattice.partial"))
+            loaded.tokenizer.save_pretrained(out.with_name("lattice.partial"))
+            out.with_name("lattice.partial").rename(out)
+        return out
+
+    def outputs(self) -> dict[str, Any]:
+        """Fit on the lattice and write the edit both ways; returns what rounding cost."""
+        base = str(self.lattice())
+        if not (self.work / "fit").exists():
+            perpend.fit(base, output=self.work / "fit", recipe=self.recipe.for_model(base))
+        made = {}
+        for name, rounding in (("plain", "auto"), ("kept", "q4_0")):
+            shutil.rmtree(self.work / name, ignore_errors=True)
+            export = self.recipe.export.model_copy(update={"rounding": rounding})
+            recipe = self.recipe.model_copy(update={"export": export})
+            done: Any = perpend.apply(base, edit=self.work / "fit", output=self.work / name, recipe=recipe)
+            made[name] = done.export.rounding
+        return made
+
+    def files(self) -> dict[str, int]:
+        """Convert all three checkpoints and quantise them; returns sizes."""
+        tools, sizes = Tools.find(Path(self.asked.llama_cpp)), {}
+        for name in ("base", "plain", "kept"):
+            folder = self.lattice() if name == "base" else self.work / name
+            whole, small = self.work / f"{name}.bf16.gguf", self.work / f"{name}.q4_0.gguf"
+            call(tools.commands(folder, whole, "bf16"))
+            subprocess.run([sys.executable, "-c", PROGRAM, whole, small, "q4_0"], check=True, capture_output=True)
+            sizes |= {path.name: path.stat().st_size for path in (whole, small)}
+        return sizes
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def realised(self) -> dict[str, Any]:
+        """Measure the weight factors that the edited files really hold."""
+        source = self.lattice()
+        model = perpend.models.load.skeleton(perpend.ModelRef.parse(str(source)).resolve(), str(source))
+        anatomy, edit = perpend.Anatomy.of(model), Edit.load(self.work / "fit" / "edit.safetensors")
+        before = Source(Checkpoint(source), model, anatomy)
+        found = {}
+        for name in list(FILES)[1:]:
+            files = layouts(self.work / f"{FILES[name]}.gguf")
+            changes = plan(files, edit, anatomy)
+            rows = leak_rows(changes, files, anatomy, before=before.whole, allow_leak=True)
+            square = sum(row.asked**2 for row in rows)
+            found[name] = {
+                "modules": len(rows),
+                "missed": sum(not row.ok for row in rows),
+                "kept": sum(row.asked * row.realised for row in rows) / square,
+                "noise": max(row.noise for row in rows),
+                "rms": self._rms(changes, before, edit),
+            }
+        return found
+
+    @staticmethod
+    def _rms(changes: list[Change], before: Source, edit: Edit) -> float:
+        """Return the RMS distance of what a file holds from the exact edit, relative to the exact edit."""
+        own = whole = 0.0
+        for change in changes:
+            exact = perpend.core.maps.edit_weight(before.whole(change), edit.modules[change.writer.name])
+            own += float((values(change.file.path, change.tensor).double() - exact).square().sum())
+            whole += float(exact.square().sum())
+        return (own / whole) ** 0.5
+
+    # ------------------------------------------------------------------------------------------------ replies
+
+    def llama_cpp(self, name: str) -> list[list[int]]:
+        """Let llama.cpp answer the target prompts with a file."""
+        session = Session(load_model(str(self.lattice())))
+        ends = session.model.generation_config.eos_token_id
+        ids = session.chat.encode(self.targets)
+        path = str(self.work / f"{FILES[name]}.gguf")
+        return greedy(path, ids, ends if isinstance(ends, list) else [ends], self.asked.tokens, self.asked.threads)
+
+    def transformers(self) -> dict[str, Any]:
+        """Answer in transformers with the values of the files; drift from the lattice over its own answers."""
+        base, other = (Session(load_model(str(self.lattice()))) for _ in range(2))
+        edit = Edit.load(self.work / "fit" / "edit.safetensors")
+        replies = base.generate(self.baselines, max_new_tokens=DRIFT_TOKENS)
+        asked = judge(self.baselines, replies, self.panel)
+        found: dict[str, Any] = {}
+        for name in list(FILES)[1:]:
+            files = layouts(self.work / f"{FILES[name]}.gguf")
+            for change in plan(files, edit, other.anatomy):
+                whole = values(change.file.path, change.tensor)
+                change.writer.assign(change.writer.weight(other.model).data, whole)
+            moved = cost(other, None, asked, DRIFT_TOKENS, other=base, limit=len(self.baselines))
+            found[name] = {"drift": moved.to_json()}
+            if name == "--for q4_0":
+                replies = other.generate(self.targets, max_new_tokens=self.asked.tokens)
+                found[name]["replies"] = [r.tokens[:-1] if r.finished else r.tokens for r in replies]
+        return found
+
+    def judged(self, tokens: list[list[int]], decode: Callable[[list[int]], str]) -> Judgement:
+        """Label replies."""
+        replies = [Reply(decode(t), tuple(t), len(t) < self.asked.tokens) for t in tokens]
+        return judge(self.targets, replies, self.panel).judged
+
+    def report(self) -> dict[str, Any]:
+        """Return all figures."""
+        rounding = self.once("rounding", self.outputs)
+        sizes, weights = self.once("files", self.files), self.once("realised", self.realised)
+        said = {name: self.once(f"said.{FILES[name]}", lambda name=name: self.llama_cpp(name)) for name in FILES}
+        here = self.once("transformers", self.transformers)
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.lattice() / "tokenizer.json"))
+        labels = {name: self.judged(tokens, tokenizer.decode) for name, tokens in said.items()}
+        again = self.judged(here["--for q4_0"].pop("replies"), tokenizer.decode)
+        kept = labels["--for q4_0"]
+        return {
+            "prompts": len(self.targets),
+            "tokens": self.asked.tokens,
+            "peak": PEAK,
+            "layer": LAYER,
+            "rounding": rounding,
+            "sizes": sizes,
+            "weights": weights,
+            "labels": {name: brief(judged) for name, judged in labels.items()},
+            "plain → --for": compare(labels["plain q4_0"], kept).to_json(),
+            "edit bf16 → --for": compare(labels["edit bf16"], kept).to_json(),
+            "transformers, --for q4_0": brief(again),
+            "llama.cpp → transformers": compare(kept, again).to_json(),
+            "same labels": sum(a == b for a, b in zip(kept.labels, again.labels, strict=True)),
+            "drift": {name: row["drift"] for name, row in here.items()},
+        }
+
+
+def brief(judged: Judgement) -> dict[str, Any]:
+    """Return rates without the single replies."""
+    return {key: value for key, value in judged.to_json().items() if key in ("n", "acceptance", "labels", "kappa")}
+
+
+def main() -> None:
+    """Make everything and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("organism")
+    parser.add_argument("--llama-cpp", required=True)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    print(json.dumps(Bench(parser.parse_args()).report(), indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
