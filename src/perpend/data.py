@@ -374,8 +374,13 @@ def _json(path: Path) -> Iterable[Any]:
 
 
 def _table(path: Path) -> Iterator[Any]:
+    rows = csv.DictReader(_text(path, ""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
-        yield from csv.DictReader(_text(path, ""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        for row in rows:
+            if None in row:
+                problem = f"line {rows.line_num} has more fields than the first"
+                raise UsageError(problem, where=str(path), hint="quote texts that hold the separator")
+            yield row
     except csv.Error as error:
         raise UsageError(f"not a table: {error}", where=str(path)) from None
 

@@ -124,6 +124,7 @@ def test_a_damaged_prompts_file_is_one_line_or_prompts(tmp_path, data):
         ("p.csv", "text\n" + "x" * 200_000, "field larger than field limit"),
         ("p.csv", 'text\n"' + "x\n" * 100_000, "field larger than field limit"),
         ("p.csv", "text\n\x00\n", ""),
+        ("p.csv", "text\nTell me, if you can.\n", "line 2 has more fields than the first"),
         ("p.jsonl", '{"text": "a", "image": "../../../etc/none"}', "no such image"),
     ],
     ids=lambda text: text[:16],

@@ -45,6 +45,9 @@ def test_before_and_after_on_the_same_questions(pico_dir, tmp_path, tasks):
     given = {"tasks": ["colours"], "include": tasks, "machine": MACHINE}
     made = bench(model, edit=tmp_path / "edit", output=tmp_path / "out", **given)
     alone = bench(model, limit=5, **given)
+    planned = bench(model, edit=tmp_path / "edit", dry_run=True, output=tmp_path / "none", **given)
+    assert planned.to_json()["forecast"]["edited_modules"] > 0
+    assert not (tmp_path / "none").exists()
     assert {(s.task, s.metric, s.n) for s in made.scores} == {("colours", "acc", 12), ("colours", "acc_norm", 12)}
     assert all(s.after is not None and s.detectable >= 0.5 for s in made.scores)  # 6 of 12
     assert alone.scores[0].n == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from importlib import util
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from task_cases import MACHINE, a_recipe, names, stopping
 
 import perpend.tasks.demo as demos
 import pico
-from perpend.config import load
+from perpend.config import Recipe, load
 from perpend.errors import GateFailed, Interrupted, MissingExtra, RunFailed, UsageError
 from perpend.tasks.apply import apply
-from perpend.tasks.demo import demo
+from perpend.tasks.demo import demo, demo_recipe
 from perpend.tasks.output import to_text
 from perpend.teaching import shipped
 
@@ -63,6 +64,29 @@ def test_an_edited_model_that_passed_its_gate_is_kept(tmp_path, error):
     assert (tmp_path / "out" / "edited" / "model.safetensors").is_file()
     if error is KeyboardInterrupt:
         assert "is kept" in str(caught.value)
+
+
+def test_what_a_recipe_says_is_done_and_what_it_does_not_say_is_the_demos_own():
+    def asked(text: str) -> tuple[float, float, str, int]:
+        made = demo_recipe(Recipe.model_validate(tomllib.loads(text)), None)
+        return made.edit.attention.peak_weight, made.edit.mlp.peak_weight, made.eval.classifier, made.prompts.limit
+
+    usual = (demos.PEAK, demos.PEAK, "perpend:small", demos.LIMIT)
+    assert asked("") == usual
+    assert asked("edit.attention = {kind = 'normal', peak_weight = 1.0}") == (1.0, *usual[1:])
+    assert asked("edit.mlp = {kind = 'normal', peak_layer = 4.0}") == usual
+    assert asked("eval.classifier = 'NousResearch/Minos-v1'\nprompts.limit = 7") == (
+        *usual[:2], "NousResearch/Minos-v1", 7
+    )  # fmt: skip
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, pico_dir, monkeypatch):
+    monkeypatch.setattr(shipped, "base", lambda: pico_dir("llama"))
+    planned = demo(output=tmp_path / "out", recipe=a_recipe(tmp_path), machine=MACHINE, dry_run=True).to_json()
+    assert planned["dry_run"]
+    assert planned["output"] == str(tmp_path / "out")
+    assert planned["forecast"]["writes"] == 3 * planned["forecast"]["reads"] > 0
+    assert names(tmp_path) == {"target.txt", "baseline.txt"}
 
 
 def test_what_a_demo_needs_is_said_before_anything_is_written(tmp_path, monkeypatch):

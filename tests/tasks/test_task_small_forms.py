@@ -59,6 +59,9 @@ def test_the_command_says_what_a_column_wise_adapter_leaves_out(
     recipe = a_recipe(tmp_path, edit={"mode": "column"})
     perpend.fit(str(pico_dir("llama")), output=tmp_path / "fit", recipe=recipe, machine=MACHINE)
     line = ["adapter", str(tmp_path / "fit" / "recipe.toml"), "-o", str(tmp_path / "adapter"), "--rank", "4"]
+    assert main([*line, "--dry-run"]) == 0
+    assert "would write" in capsys.readouterr().out
+    assert names(tmp_path) == {"fit", "target.txt", "baseline.txt"}
     assert main(line) == 0
     said = capsys.readouterr().out
     assert "left out of a module's change" in said

@@ -21,7 +21,7 @@ Rank = Annotated[
 
 @command(
     "adapter",
-    options=("output", "edit", "config", "assignments", "revision", "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "edit", "dry_run", "config", "assignments", "revision", "trust_remote_code", *MACHINE_FLAGS),
     examples=("adapter google/gemma-3-4b-it --edit edit -o adapter", "adapter recipe.toml -o adapter --rank 32"),
     panel=MAKE,
 )
@@ -41,5 +41,6 @@ def adapter(source: Source, rank: Rank = 16, *, request: Request) -> None:
         rank=rank,
         recipe=recipe,
         machine=request.machine(),
+        dry_run=request.dry_run,
     )
-    request.out.result(result, views.adapted)
+    request.out.result(result, views.planned if request.dry_run else views.adapted)

@@ -32,7 +32,17 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put questions in the chat te
 
 @command(
     "bench",
-    options=("output", "edit", "config", "assignments", "seed", "revision", "trust_remote_code", *MACHINE_FLAGS),
+    options=(
+        "output",
+        "edit",
+        "dry_run",
+        "config",
+        "assignments",
+        "seed",
+        "revision",
+        "trust_remote_code",
+        *MACHINE_FLAGS,
+    ),
     examples=(
         "bench google/gemma-3-4b-it --edit edit --tasks arc_easy,hellaswag --questions 500 -o bench",
         "bench ./model --edit out --tasks mine --include ./tasks",
@@ -66,5 +76,6 @@ def bench(
         output=output,
         recipe=recipe,
         machine=request.machine(),
+        dry_run=request.dry_run,
     )
-    request.out.result(result, views.benchmarks)
+    request.out.result(result, views.planned if request.dry_run else views.benchmarks)

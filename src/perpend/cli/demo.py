@@ -10,7 +10,7 @@ from perpend.cli.options import TRY, Request, command
 
 @command(
     "demo",
-    options=("output", "config", "assignments", "seed", "limit", *MACHINE_FLAGS),
+    options=("output", "dry_run", "config", "assignments", "seed", "limit", *MACHINE_FLAGS),
     examples=("demo -o demo", "demo -o demo --limit 16 --json"),
     panel=TRY,
 )
@@ -25,6 +25,7 @@ def demo(*, request: Request) -> None:
         recipe=recipe,
         machine=request.machine(),
         limit=request["limit"],
+        dry_run=request.dry_run,
         tell=request.out.teller(views.PARTS),
     )
-    request.out.result(result, views.written)
+    request.out.result(result, views.planned if request.dry_run else views.written)

@@ -93,8 +93,12 @@ def forecast(data: Data) -> dict[str, str | None]:
         "edits": None
         if data["edited_modules"] is None
         else f"{data['edited_modules']} modules" + (f", {render.count(edited)} parameters" if edited else ""),
-        "runs": f"{data['prompts']} prompts, {render.count(data['new_tokens'])} new tokens at most",
-        "takes": None if data["seconds"] is None else f"about {seconds(data['seconds'])}, a rough guess",
+        "runs": f"{data['prompts']} prompts, {render.count(data['new_tokens'])} new tokens at most"
+        if data["prompts"]
+        else None,
+        "takes": None
+        if data["seconds"] is None or not data["prompts"]
+        else f"about {seconds(data['seconds'])}, a rough guess",
     }
 
 

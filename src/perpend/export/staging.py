@@ -59,6 +59,24 @@ def staged(out: Path, need: int) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder that exists for this process inside the block.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    try:
+        held = _lock(folder, wait=False)
+    except BlockingIOError:
+        raise _being_written(folder) from None
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
 def _lock(folder: Path, *, wait: bool) -> int | None:
     """Lock a folder; None where that is not possible.
 
@@ -81,9 +99,7 @@ def _occupied(partial: Path) -> UsageError:
     try:
         descriptor = _lock(partial, wait=False)
     except BlockingIOError:
-        return UsageError(
-            "another process is writing this output", where=str(partial), hint="wait for it or choose another folder"
-        )
+        return _being_written(partial)
     except OSError:
         return UsageError("is in the way", where=str(partial), hint=f"rm -r {partial}")
     if descriptor is not None:
@@ -91,6 +107,11 @@ def _occupied(partial: Path) -> UsageError:
     return UsageError(
         "an earlier export stopped here; inspect it, then remove it", where=str(partial), hint=f"rm -r {partial}"
     )
+
+
+def _being_written(folder: Path) -> UsageError:
+    hint = "wait for it or choose another folder"
+    return UsageError("another process is writing this output", where=str(folder), hint=hint)
 
 
 def _fsync(path: Path) -> None:

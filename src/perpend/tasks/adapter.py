@@ -14,6 +14,7 @@ from perpend.export.adapter import AdapterResult, write_adapter
 from perpend.export.card import base_front_matter
 from perpend.refs import ModelRef
 from perpend.tasks.apply import asked_for, original
+from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.recipes import EDIT, pinned, write_recipe
 from perpend.tasks.setup import open_session, require_fitting
@@ -50,7 +51,8 @@ def adapter(
     rank: int = RANK,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-) -> Adapted:
+    dry_run: bool = False,
+) -> Adapted | Planned:
     """Write an edit as a PEFT adapter: exact in plain mode and, as DoRA, in row mode; in column mode to a rank.
 
     Args:
@@ -60,6 +62,7 @@ def adapter(
         rank: Of the adapter where the edit has none of its own: column mode, row mode of a model with fused experts.
         recipe: How the edit was made; by default that of the recipe beside the edit.
         machine: Device and dtype; the adapter does not depend on it.
+        dry_run: Only say what would be read, and what of it is edited.
 
     Raises:
         UsageError: no model, no edit, an output that is not empty, or a model that PEFT refuses.
@@ -69,6 +72,9 @@ def adapter(
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)
     ModelRef.parse(model)
+    if dry_run:
+        asked = forecast(model, found, machine or Machine(), output=output, edit=chosen)
+        return Planned("adapter", model, str(output), asked)
     session = open_session(model, found, machine or Machine())
     require_fitting(session, chosen)
     ref, at = session.loaded.ref, session.loaded.source.revision

@@ -20,6 +20,7 @@ from perpend.errors import MissingExtra, UsageError
 from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.output import appearing, require_free, to_text
 from perpend.tasks.pages import BESIDE, put
 from perpend.tasks.recipes import find_edit
@@ -90,7 +91,8 @@ def bench(
     output: Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-) -> Bench:
+    dry_run: bool = False,
+) -> Bench | Planned:
     """Run lm-eval on a model, with an edit also on that edit, and compare question by question.
 
     Args:
@@ -104,6 +106,7 @@ def bench(
         output: Folder to make: `bench.json`, `report.json`, `report.html`.
         recipe: The model, how it is loaded, the seed.
         machine: Device, dtype, batch size.
+        dry_run: Only check the tasks and say what would be loaded; how many questions they have is not known.
 
     Raises:
         MissingExtra: lm-eval is not installed; said before a model is loaded.
@@ -120,6 +123,9 @@ def bench(
     ModelRef.parse(model)
     chosen = find_edit(Path(edit)) if edit is not None else None
     manager = _manager(tasks, include)
+    if dry_run:
+        asked = forecast(model, recipe, machine, output=output, edit=chosen)
+        return Planned("bench", model, str(output) if output is not None else None, asked)
     session = open_session(model, recipe, machine)
     if chosen is not None:
         require_fitting(session, chosen)

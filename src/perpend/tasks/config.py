@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from perpend.config import METHODS, MODES, RULES, Recipe, load, to_toml
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError
+from perpend.tasks.output import replace_text
 
 _SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
 _DESCRIBED = {"fit.method": METHODS, "fit.choice": RULES, "edit.mode": MODES}
@@ -89,11 +90,7 @@ def config_init(output: Path | None = None, *, recipe: Recipe | None = None) -> 
     if output is not None:
         if output.exists():
             raise UsageError("the file exists", where=str(output), hint=f"-o {output.with_stem(output.stem + '-2')}")
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror}", where=str(output)) from None
+        replace_text(output, text)
     return RecipeText(recipe, text, output=output)
 
 

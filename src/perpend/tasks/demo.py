@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from perpend.config import Machine, Recipe
 from perpend.core.schedule import NormalKernel
@@ -17,12 +19,15 @@ from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model, materialise_gguf
 from perpend.refs import ModelRef
+from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
-from perpend.tasks.output import ANOTHER, require_free, to_text
+from perpend.tasks.output import ANOTHER, replace_text, require_free, to_text
 from perpend.tasks.run import Run, run
 from perpend.tasks.setup import as_asked, open_panel
 from perpend.tasks.trials import Tell
 from perpend.teaching import adapter, shipped
+
+S = TypeVar("S", bound=BaseModel)
 
 LIMIT = 200
 """Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes."""
@@ -81,8 +86,9 @@ def demo(
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     limit: int | None = None,
+    dry_run: bool = False,
     tell: Tell | None = None,
-) -> Demo:
+) -> Demo | Planned:
     """Make the organism, edit it, and compare it with what it was.
 
     Args:
@@ -90,6 +96,7 @@ def demo(
         recipe: What to do; the defaults of `run`, with the classifier that the package carries.
         machine: How to run it.
         limit: At most this many prompts of each class and split.
+        dry_run: Only say what would be done.
         tell: Is told each part of the result as soon as it is known.
 
     Raises:
@@ -101,6 +108,10 @@ def demo(
     recipe = demo_recipe(recipe or Recipe(), limit)
     require_free(output)
     shipped.require()
+    if dry_run:
+        base, splits = str(shipped.base()), load_splits(recipe.prompts)
+        asked = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
+        return Planned("demo", base, str(output), replace(asked, writes=3 * asked.writes))  # original, organism, edited
     organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
     try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
         make_organism(output, machine)
@@ -121,26 +132,28 @@ def demo(
     if tell:
         tell("truth", truth.to_json())
     made = Demo(str(output), done, truth, round(time.monotonic() - started, 1))
-    (output / RESULT).write_text(to_text(made.to_json()) + "\n", encoding="utf-8")
+    replace_text(output / RESULT, to_text(made.to_json()) + "\n")
     return made
 
 
 def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
-    """Return the recipe as the demo runs it, where it says nothing else: shipped classifier, kernels, limit."""
-    untold = Recipe()
-    classifier = SMALL if recipe.eval.classifier == untold.eval.classifier else recipe.eval.classifier
-    control = CONTROLS if recipe.eval.control_prompts == untold.eval.control_prompts else recipe.eval.control_prompts
-    edit = recipe.edit
-    if (edit.attention, edit.mlp) == (untold.edit.attention, untold.edit.mlp):
-        kernel = NormalKernel(peak_weight=PEAK)
-        edit = edit.model_copy(update={"attention": kernel, "mlp": kernel})
+    """Return the recipe as the demo runs it: what it does not say is the demo's default, and not that of `run`."""
+    edit, kernels = recipe.edit, {}
+    for part in ("attention", "mlp"):
+        if isinstance(kernel := getattr(edit, part), NormalKernel):
+            kernels[part] = _or_else(kernel, peak_weight=PEAK)
     return recipe.model_copy(
         update={
-            "edit": edit,
-            "eval": recipe.eval.model_copy(update={"classifier": classifier, "control_prompts": control}),
+            "edit": edit.model_copy(update=kernels),
+            "eval": _or_else(recipe.eval, classifier=SMALL, control_prompts=CONTROLS),
             "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
         }
     )
+
+
+def _or_else(section: S, **usual: Any) -> S:
+    """Return a section with `usual` values for the keys that it was made without."""
+    return section.model_copy(update={k: v for k, v in usual.items() if k not in section.model_fields_set})
 
 
 def make_organism(folder: Path, machine: Machine) -> None:

@@ -71,13 +71,28 @@ class Forecast:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a task would do whose result has no place for it."""
+
+    task: str
+    model: str
+    output: str | None
+    forecast: Forecast
+    dry_run: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dict(vars(self)) | {"forecast": self.forecast.to_json()}
+
+
 def forecast(
     model: str,
     recipe: Recipe,
     machine: Machine,
     *,
-    splits: Splits,
-    output: Path | None,
+    splits: Splits | None = None,
+    output: Path | None = None,
     fits: bool = False,
     measures: int = 0,
     bakes: bool = False,
@@ -90,7 +105,7 @@ def forecast(
         model: Hub id, directory or GGUF file; of a model that is not on this machine, sizes are unknown.
         recipe: What would be done.
         machine: Where.
-        splits: The prompts.
+        splits: The prompts; None for a task that runs none.
         output: Where the result would go.
         fits: Whether directions would be measured.
         measures: How many times the report split would be answered.
@@ -104,7 +119,7 @@ def forecast(
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, recipe)
     passes, tokens = _work(recipe, splits, fits, measures, bakes)
-    if searches:
+    if searches and splits is not None:
         scored, written = _trials(recipe, splits)
         passes, tokens = passes + scored, tokens + written
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
@@ -183,8 +198,10 @@ def _rate(ref: ModelRef) -> float:
     return max(1.0, size / max(1e-6, time.perf_counter() - began))
 
 
-def _work(recipe: Recipe, splits: Splits, fits: bool, measures: int, bakes: bool) -> tuple[int, int]:
+def _work(recipe: Recipe, splits: Splits | None, fits: bool, measures: int, bakes: bool) -> tuple[int, int]:
     """Return prompts run and tokens generated at most."""
+    if splits is None:
+        return 0, 0
     sizes = {name: sum(len(side) for side in (pair.target, pair.baseline)) for name, pair in vars(splits).items()}
     runs, tokens = 0, 0
     if fits:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perpend.errors import Interrupted, UsageError
+from perpend.export.staging import alone
 from perpend.models.replies import ReplyLog
 from perpend.progress import note
 
@@ -53,24 +54,29 @@ def journal(out: Path, key: dict[str, Any], command: str) -> Iterator[Journal]:
         command: What to type to go on after an interruption.
 
     Raises:
-        UsageError: `OUT.resume` belongs to another recipe, or is something else.
+        UsageError: `OUT.resume` belongs to another recipe, is something else, or another process is working there.
         Interrupted: Ctrl-C inside the block.
     """
     folder = out.with_name(out.name + ".resume")
-    _open(folder, json.dumps(key, sort_keys=True))
     try:
-        yield Journal(folder)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; what was done is kept in {folder}", hint=command) from None
-    except BaseException:
-        if [path.name for path in folder.iterdir()] == [KEY]:
-            shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(folder)) from None
+    with alone(folder):
+        _open(folder, json.dumps(key, sort_keys=True))
+        try:
+            yield Journal(folder)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what was done is kept in {folder}", hint=command) from None
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [KEY]:
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
 
 
 def _open(folder: Path, key: str) -> None:
-    """Make the folder, or check that what is in it was made with the same key."""
+    """Label an empty folder, or check that what is in it was made with the same key."""
     label = folder / KEY
     if label.exists():
         if label.read_text(encoding="utf-8") != key:
@@ -80,7 +86,6 @@ def _open(folder: Path, key: str) -> None:
         note(f"going on with the partial results in {folder}")
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if any(path.name != f"{KEY}.tmp" for path in folder.iterdir()):
             raise UsageError(
                 "is not what an interrupted task left behind", where=str(folder), hint="another -o/--output"

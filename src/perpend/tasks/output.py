@@ -69,6 +69,21 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole, in the place of an older one if there is one.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    partial = partial_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
     """Give `out.partial` to write to, flush it and rename it to `out` when the block ends well; else it is removed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from perpend.errors import UsageError
 from perpend.report.document import VERSION
 from perpend.report.page import read, render
-from perpend.tasks.output import to_text
+from perpend.tasks.output import replace_text, to_text
 
 REPORT, PAGE = "report.json", "report.html"
 BESIDE = {"front": "front.json", "bench": "bench.json"}
@@ -64,12 +63,7 @@ def write_report(folder: Path, *, output: Path | None = None) -> WrittenPage:
     document = read(gathered(data[HELD[name]] if name in HELD else data, folder), str(folder / name))
     path = Path(output) if output is not None else folder / PAGE
     text = render(document)
-    try:
-        part = path.with_name(path.name + ".partial")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from None
+    replace_text(path, text)
     return WrittenPage(str(path), document.task, len(text.encode()))
 
 
