@@ -60,8 +60,6 @@ class ModelSection(_Section):
 
     id: str = ""
     """Hub id (`org/name@revision`), directory or GGUF file."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model repository."""
 
 
 class PromptsSection(_Section):
@@ -254,6 +252,9 @@ class Machine(_Section):
     """How several GPUs share a model that one cannot hold: auto, balanced, sequential, or a JSON file of modules."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Processes, started by torchrun, that share every matrix."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Models, by hub id or directory, whose own Python code may run. No recipe can say so, since a recipe may come from
+    elsewhere; a judge is covered only by its own name."""
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -16,7 +16,8 @@ import pico
 from perpend.config import Machine
 from perpend.errors import PerpendError, RunFailed, UsageError
 from perpend.models import load, places, quantised
-from perpend.models.load import load_model, materialise_gguf
+from perpend.models.load import load_model
+from perpend.models.materialise import materialise_gguf
 
 Dirs = Callable[[str], Path]
 

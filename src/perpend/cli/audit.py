@@ -47,7 +47,9 @@ def audit(
     writers of neighbouring layers avoid together, which they do not by nature.
     """
     recipe = request.recipe(model)
-    result = perpend.audit(recipe.model.id, directions=directions, base=base, layer=layer, recipe=recipe)
+    result = perpend.audit(
+        recipe.model.id, directions=directions, base=base, layer=layer, recipe=recipe, machine=request.machine()
+    )
     request.out.result(result, view)
 
 

@@ -13,7 +13,7 @@ from perpend.cli.flags import FIT_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import LOOK, Model, Request, command
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]
-_KEYS = (*RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, *REPLY_FLAGS, "reversible", "allow_leak", "trust_remote_code")
+_KEYS = (*RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, *REPLY_FLAGS, "reversible", "allow_leak")
 
 
 @command("show", options=_KEYS, examples=("config show", "config show --config recipe.toml --mode column --json"))

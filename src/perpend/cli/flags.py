@@ -225,10 +225,11 @@ FLAGS: dict[str, Flag] = {
     ),
     "trust_remote_code": Flag(
         ("--trust-remote-code",),
-        bool,
-        "Run Python code that comes with the model.",
+        list[str],
+        "Run the Python code that comes with this model, and no other's; may be typed again.",
         ALLOW,
-        key="model.trust_remote_code",
+        machine="trust_remote_code",
+        metavar="MODEL",
     ),
     "device": Flag(
         ("--device",), str, "auto, cpu, cuda, cuda:1, mps.", MACHINE, machine="device", default="auto", metavar="NAME"

@@ -15,6 +15,7 @@ from perpend.errors import PerpendError, UsageError, nearest
 from perpend.judges.labels import RefusalClassifier
 from perpend.models.memory import pick_device
 from perpend.models.quiet import silenced
+from perpend.models.trust import FLAG, trusted
 from perpend.progress import note, track
 from perpend.refs import ModelRef
 
@@ -134,20 +135,24 @@ class Classifier:
         minos = ref.kind == "hub" and ref.name == MINOS
         pinned = ref.revision or revision or (MINOS_REVISION if minos else None)
         source = ModelRef(ref.kind, ref.name, pinned if ref.kind == "hub" else None).resolve()
-        device = pick_device(machine.device)
+        device, trust = pick_device(machine.device), trusted(ref, machine)
         labels = {"id2label": MINOS_LABELS, "label2id": {v: k for k, v in MINOS_LABELS.items()}} if minos else {}
         dtype: Any = machine.dtype if machine.dtype != "auto" else "float32" if device.type == "cpu" else "auto"
         try:
             with silenced():
-                tokenizer = AutoTokenizer.from_pretrained(source.path)
+                tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust)
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     source.path,
                     dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                     use_safetensors=True,
                     output_loading_info=True,
+                    trust_remote_code=trust,
                     **labels,
                 )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if "trust_remote_code" in str(error):
+                hint = f"{FLAG} {choice.model}, after reading that code"
+                raise UsageError("needs Python code that comes with it", where=name, hint=hint) from None
             raise UsageError(f"cannot be loaded: {str(error).splitlines()[0]}", where=name) from None
         missing = sorted(info["missing_keys"])
         if missing:

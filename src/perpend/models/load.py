@@ -31,6 +31,7 @@ from perpend.models.places import READ, Part, Plan, parts, plan
 from perpend.models.quantised import WIDTH, require_usable
 from perpend.models.quantised import settings as quantised_settings
 from perpend.models.quiet import silenced
+from perpend.models.trust import FLAG, require_own_code, trusted
 from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
 
@@ -70,7 +71,7 @@ class Loaded:
 
 
 def load_model(
-    ref: ModelRef | str | Path, machine: Machine | None = None, *, trust_remote_code: bool = False
+    ref: ModelRef | str | Path, machine: Machine | None = None, *, copy_of: ModelRef | None = None
 ) -> Loaded:
     """Load a model with its tokenizer.
 
@@ -79,8 +80,8 @@ def load_model(
 
     Args:
         ref: Hub id, directory or GGUF file.
-        machine: Device and dtype.
-        trust_remote_code: Run Python code that comes with the model.
+        machine: Device, dtype, and models whose own Python code may run.
+        copy_of: The model that an edited copy was made from, whose code it carries.
 
     Raises:
         UsageError: the reference, the files, the dtype or the device cannot be used; said before weights are read.
@@ -96,8 +97,7 @@ def load_model(
     device = pick_device(machine.device)
     size = check_files(source, where)
     stored = None if source.gguf_file else require_usable(source.path, where, machine)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    common = _common(source, copy_of or ref, machine)
     with silenced(), gguf.read_once():
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
         facts = gguf.metadata(source.path / source.gguf_file) if source.gguf_file else {}
@@ -113,7 +113,7 @@ def load_model(
         tokenizer.padding_side = "left"
         quantised = quantised_settings(machine, stored, device, where)
         width = WIDTH.get(machine.quantization) or _width(dtype, config)
-        placed = _placement(config, source, device, machine, size, width, where)
+        placed = _placement(config, source, device, machine, size, width, copy_of or ref)
         if source.gguf_file:
             quantised = hf.GgufConfig(dequantize=True)
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
@@ -220,7 +220,7 @@ def _attempt(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
     except (*_FAILURES, SafetensorError) as error:
         text = str(error)
         if "trust_remote_code" in text:
-            hint = "--trust-remote-code, after reading that code"
+            hint = f"{FLAG} {where}, after reading that code"
             raise UsageError("needs Python code that comes with the model", where=where, hint=hint) from None
         for package, extra in (("gguf", "gguf"), ("PIL", "vision"), ("Pillow", "vision"), ("pillow", "vision")):
             if isinstance(error, ImportError) and package in text:
@@ -257,14 +257,14 @@ def _refuse_float16(config: Any, dtype: Any, where: str) -> None:
 
 
 def _placement(
-    config: Any, source: Resolved, device: torch.device, machine: Machine, size: int, width: float, where: str
+    config: Any, source: Resolved, device: torch.device, machine: Machine, size: int, width: float, ref: ModelRef
 ) -> Plan:
     """Say where the parts of a model go; its skeleton is only made where one device may not do.
 
     Raises:
         UsageError: the weights are larger than the memory that is free, and may not be offloaded.
     """
-    whole = [Part("", size, "rest")]
+    whole, where = [Part("", size, "rest")], str(ref)
     fits = device.type == "mps" or size <= free_memory(device, machine.memory)
     if machine.offload == "none" or source.gguf_file or (fits and machine.offload == "auto"):
         offload = machine.model_copy(update={"offload": "none"})
@@ -275,49 +275,7 @@ def _placement(
             where=where,
             valid="--offload none",
         )
-    return plan(parts(_meta(config, source, where), width), device, machine, where)
-
-
-def materialise_gguf(
-    ref: ModelRef | str | Path, out: Path | str, *, dtype: torch.dtype = torch.bfloat16, machine: Machine | None = None
-) -> Path:
-    """Write a GGUF file as a safetensors directory, with configuration, tokenizer, chat template and licence.
-
-    Args:
-        ref: The GGUF file.
-        out: A directory that does not exist yet; until it is complete it is called `out` + `.partial`.
-        dtype: Of the weights. q4_0 and q8_0 values are exact in float32 and rounded in bfloat16.
-        machine: Whose device is used; the CPU by default.
-
-    Returns:
-        `out`.
-
-    Raises:
-        UsageError: not a GGUF file, or `out` exists.
-    """
-    out, ref = Path(out), ref if isinstance(ref, ModelRef) else ModelRef.parse(str(ref))
-    if ref.kind != "gguf":
-        raise UsageError("not a GGUF file", where=str(ref))
-    if out.exists():
-        raise UsageError("exists already", where=str(out))
-    device = machine.device if machine else "cpu"
-    machine = Machine.model_validate({"device": device, "dtype": str(dtype).removeprefix("torch.")})
-    return save_gguf(load_model(ref, machine), out)
-
-
-def save_gguf(loaded: Loaded, out: Path) -> Path:
-    """Write a model that was read from a GGUF file; see `materialise_gguf`."""
-    partial = out.with_name(out.name + ".partial")
-    model: Any = loaded.model
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    with silenced():
-        model.save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-    about = gguf.front_matter(gguf.metadata(loaded.source.path / str(loaded.source.gguf_file)))
-    if about:
-        (partial / "README.md").write_text(about, encoding="utf-8")
-    return partial.rename(out)
+    return plan(parts(_meta(config, source, where, trusted(ref, machine)), width), device, machine, where)
 
 
 # ------------------------------------------------------------------------------------------- the model's own calls
@@ -415,8 +373,22 @@ def release(model: nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
-def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -> nn.Module:
+def _common(source: Resolved, ref: ModelRef, machine: Machine) -> dict[str, Any]:
+    """Return what every loader of transformers is told."""
+    trust = trusted(ref, machine)
+    if trust:
+        require_own_code(source, str(ref), machine)
+    found: dict[str, Any] = {"trust_remote_code": trust, "local_files_only": True}
+    return found | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+
+
+def skeleton(source: Resolved, ref: ModelRef | str, machine: Machine | None = None) -> nn.Module:
     """Return the model that a checkpoint holds, without its weights, on the meta device.
+
+    Args:
+        source: Its files.
+        ref: Its name.
+        machine: Names the models whose own Python code may run.
 
     Raises:
         UsageError: the configuration cannot be read.
@@ -424,18 +396,18 @@ def skeleton(source: Resolved, where: str, *, trust_remote_code: bool = False) -
     import transformers
 
     hf: Any = transformers
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    common |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    ref = ref if isinstance(ref, ModelRef) else ModelRef.parse(ref)
+    common = _common(source, ref, machine or Machine())
     with silenced(), gguf.read_once():
-        config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
-        return _meta(config, source, where, trust_remote_code)
+        config = _attempt(str(ref), hf.AutoConfig.from_pretrained, source.path, **common)
+        return _meta(config, source, str(ref), common["trust_remote_code"])
 
 
-def _meta(config: Any, source: Resolved, where: str, trust_remote_code: bool = False) -> nn.Module:
+def _meta(config: Any, source: Resolved, where: str, trust: bool) -> nn.Module:
     import transformers
 
     hf: Any = transformers
     with torch.device("meta"):
         auto = hf.AutoModelForImageTextToText if _sees(config, source) else hf.AutoModelForCausalLM
-        model: nn.Module = _attempt(where, auto.from_config, config, trust_remote_code=trust_remote_code)
+        model: nn.Module = _attempt(where, auto.from_config, config, trust_remote_code=trust)
     return model.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from perpend.export.card import CardFacts, write_card
 from perpend.export.shards import ExportResult, Patch, bake
 from perpend.export.undo import keep
 from perpend.judges.panel import Panel
-from perpend.models.load import save_gguf
+from perpend.models.materialise import save_gguf
 from perpend.models.parallel import require_single
 from perpend.models.session import Session
 from perpend.refs import ModelRef
@@ -164,7 +164,7 @@ def apply(
     if undo:
         if edit is not None or dry_run:
             raise UsageError("--undo takes an output and nothing else", where="--edit" if edit else "--dry-run")
-        return take_back(source, output=output, machine=machine, recipe=recipe)
+        return take_back(source, output=output, machine=machine)
     started, output, machine = time.monotonic(), Path(output), machine or Machine()
     require_free(output)
     require_no_partial(output)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from perpend.config import Recipe
+from perpend.config import Machine, Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
 from perpend.errors import UsageError
@@ -76,6 +76,7 @@ def audit(
     base: str | None = None,
     layer: int | None = None,
     recipe: Recipe | None = None,
+    machine: Machine | None = None,
 ) -> Audit:
     """Measure how much of a direction the writers of a model still write, from the weights alone.
 
@@ -87,14 +88,15 @@ def audit(
         base: The unedited model, to say how much is left of what it wrote.
         layer: Of `directions.safetensors`, the layer whose direction is asked for everywhere; None takes each layer's
             own.
-        recipe: Overrides of the anatomy, and `trust_remote_code`.
+        recipe: Overrides of the anatomy.
+        machine: Whether the model's own Python code may run.
 
     Raises:
         UsageError: the model or the directions cannot be read, or do not fit each other.
     """
     started, recipe = time.monotonic(), recipe or Recipe()
     source = checkpoint_of(model)
-    bare = skeleton(source, model, trust_remote_code=recipe.model.trust_remote_code)
+    bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
     writers = Writers(source.path, bare, anatomy)
     rows: list[Written] = []

@@ -17,7 +17,8 @@ from perpend.drift import Drift
 from perpend.errors import GateFailed, Interrupted
 from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
-from perpend.models.load import load_model, materialise_gguf
+from perpend.models.load import load_model
+from perpend.models.materialise import materialise_gguf
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge

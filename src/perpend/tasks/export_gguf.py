@@ -133,9 +133,7 @@ class _Work:
     def __init__(self, source: Path, output: Path, written: Written, allow_leak: bool) -> None:
         self.output, self.recipe, self.edit, self.allow_leak = output, written.recipe, written.edit, allow_leak
         self.model = self.recipe.model.id
-        self.bare: nn.Module = skeleton(
-            checkpoint_of(str(source)), str(source), trust_remote_code=self.recipe.model.trust_remote_code
-        )
+        self.bare: nn.Module = skeleton(checkpoint_of(str(source)), str(source))
         self.anatomy = Anatomy.of(self.bare, self.recipe.edit.overrides or None)
         self.checkpoint = Checkpoint(source)
         self.said = provenance(self.edit, self.recipe, self.model)

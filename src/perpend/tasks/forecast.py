@@ -117,7 +117,7 @@ def forecast(
         UsageError: the model's configuration cannot be read.
     """
     ref, device = ModelRef.parse(model), pick_device(machine.device)
-    bare, size = bare_model(ref, recipe)
+    bare, size = bare_model(ref, machine)
     passes, tokens = _work(recipe, splits, fits, measures, bakes)
     if searches and splits is not None:
         scored, written = _trials(recipe, splits)
@@ -152,7 +152,7 @@ def forecast(
     )
 
 
-def bare_model(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, int | None]:
+def bare_model(ref: ModelRef, machine: Machine) -> tuple[torch.nn.Module | None, int | None]:
     """Return the model on the meta device and the bytes of its files; None and None when it is not here yet."""
     try:
         source = ref.resolve(fetch=False)
@@ -160,7 +160,7 @@ def bare_model(ref: ModelRef, recipe: Recipe) -> tuple[torch.nn.Module | None, i
         if ref.kind == "hub":
             return None, None
         raise
-    model = skeleton(source, str(ref), trust_remote_code=recipe.model.trust_remote_code)
+    model = skeleton(source, ref, machine)
     if source.gguf_file:
         return model, 2 * sum(p.numel() for p in model.parameters())
     return model, sum(path.stat().st_size for path in files(source.path))

@@ -172,7 +172,7 @@ def proven(asked: Asked, seen: Reference, ref: ModelRef, leak: Sequence[LeakRow]
     release(asked.session.model)
     if not seen.prompts:
         return Gate(tuple(leak), untouched, 0, 0, 0, (0.0, 0.0))
-    loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
+    loaded = load_model(ref, machine, copy_of=asked.session.loaded.ref)
     again = as_asked(loaded, recipe, machine)
     replies = again.generate(seen.prompts, max_new_tokens=recipe.eval.max_new_tokens)
     labels = [asked.panel.judge(records(seen.prompts, side)).labels for side in (seen.replies, replies)]

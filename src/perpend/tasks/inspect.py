@@ -43,14 +43,14 @@ def inspect(model: str, *, recipe: Recipe | None = None, machine: Machine | None
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
-        recipe: Overrides and `trust_remote_code`.
+        recipe: Overrides.
         machine: Device and dtype.
 
     Raises:
         UsageError: the model cannot be read, or has no decoder layers that can be found.
     """
     recipe, machine = recipe or Recipe(), machine or Machine()
-    loaded = load_model(ModelRef.parse(model), machine, trust_remote_code=recipe.model.trust_remote_code)
+    loaded = load_model(ModelRef.parse(model), machine)
     anatomy = Anatomy.of(loaded.model, recipe.edit.overrides or None)
     rows = anatomy.coverage()
     return Inspection(

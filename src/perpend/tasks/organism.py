@@ -101,7 +101,7 @@ def organism(
     if dry_run:
         return nothing
     with appearing(Path(output)) as folder:
-        loaded = load_model(ref, machine, trust_remote_code=recipe.model.trust_remote_code)
+        loaded = load_model(ref, machine)
         session = as_asked(loaded, recipe, machine)
         examples = encode(session, answered(session, taught))
         wrapped, losses = teach(

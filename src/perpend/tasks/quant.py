@@ -149,7 +149,7 @@ def quant_check(
         made = beside(Path(edit), chosen)
         recipe = laid_over(recipe, made, Path(edit)) if made else recipe
     source = checkpoint_of(model)
-    bare = skeleton(source, model, trust_remote_code=recipe.model.trust_remote_code)
+    bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
     rounding = recipe.export.rounding
     rows = tuple(Survey(Checkpoint(source.path), bare, anatomy, chosen).rows(types, rounding))

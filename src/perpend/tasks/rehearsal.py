@@ -42,7 +42,7 @@ def rehearse(
         UsageError: the model's configuration or the edit cannot be read, or the edit is not one of this model.
     """
     chosen = find_edit(Path(edit)) if edit is not None else None
-    bare, size = bare_model(ModelRef.parse(model), recipe)
+    bare, size = bare_model(ModelRef.parse(model), machine)
     if bare is not None and chosen is not None:
         require_writers(Anatomy.of(bare, recipe.edit.overrides or None), chosen)
     free = free_memory(pick_device(machine.device), machine.memory)

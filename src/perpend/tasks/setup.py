@@ -31,7 +31,7 @@ def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
     """
     if recipe.prompts.chat_template is not None:
         read_template(recipe.prompts.chat_template)
-    loaded = load_model(ModelRef.parse(model), machine, trust_remote_code=recipe.model.trust_remote_code)
+    loaded = load_model(ModelRef.parse(model), machine)
     return as_asked(loaded, recipe, machine)
 
 

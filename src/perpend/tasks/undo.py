@@ -44,9 +44,7 @@ class Undone:
         return {"task": "undo", **asdict(self)}
 
 
-def take_back(
-    source: str | Path, *, output: Path, machine: Machine | None = None, recipe: Recipe | None = None
-) -> Undone:
+def take_back(source: str | Path, *, output: Path, machine: Machine | None = None) -> Undone:
     """Write the original of an edited folder.
 
     With `original.undo` in it (`--reversible`), every file comes out as it was, which its hash proves; no model is
@@ -57,7 +55,6 @@ def take_back(
         source: What `apply` or `run` made.
         output: Folder to make.
         machine: Device and dtype in which the edited model is loaded, where it has to be.
-        recipe: Whether Python code in the folder may run, which the recipe in it cannot say for itself.
 
     Raises:
         UsageError: not an output, or an edit that cannot be inverted; says why and what to type.
@@ -77,8 +74,7 @@ def take_back(
     edit = find_edit(folder)
     growth = require_invertible({name: part for name, part in edit.modules.items() if part.weight})
     made = beside(folder, edit) or Recipe()
-    trusted = recipe is not None and recipe.model.trust_remote_code
-    loaded = load_model(ModelRef("dir", str(folder)), machine or Machine(), trust_remote_code=trusted)
+    loaded = load_model(ModelRef("dir", str(folder)), machine or Machine())
     anatomy = Anatomy.of(loaded.model, made.edit.overrides or None)
     patches = plan(Checkpoint(folder), edit, anatomy, loaded.model)
     here = [str(path.relative_to(folder)) for path in files(folder)]
