@@ -149,11 +149,14 @@ def bench(
         edit=edit_facts(chosen, session.anatomy) if chosen is not None else {},
     )
     if output is not None:
-        with appearing(Path(output)) as folder:
-            data = made.to_json()
-            (folder / BESIDE["bench"]).write_text(to_text(data["bench"]) + "\n", encoding="utf-8")
-            put(folder, data)
+        _write(Path(output), made.to_json())
     return made
+
+
+def _write(output: Path, data: dict[str, Any]) -> None:
+    with appearing(output) as folder:
+        (folder / BESIDE["bench"]).write_text(to_text(data["bench"]) + "\n", encoding="utf-8")
+        put(folder, data)
 
 
 def _version() -> str:
