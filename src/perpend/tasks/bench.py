@@ -116,7 +116,7 @@ def bench(
     if find_spec("lm_eval") is None:
         raise MissingExtra("lm-eval", "bench", "perpend bench")
     recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
-    if output is not None:
+    if output:
         require_free(Path(output))
     if not tasks:
         raise UsageError("no tasks given", where="--tasks", hint="--tasks arc_easy,hellaswag")
@@ -125,22 +125,17 @@ def bench(
     manager = _manager(tasks, include)
     if dry_run:
         asked = forecast(model, recipe, machine, output=output, edit=chosen)
-        return Planned("bench", model, str(output) if output is not None else None, asked)
+        return Planned("bench", model, str(output) if output else None, asked)
     session = open_session(model, recipe, machine)
     if chosen is not None:
         require_fitting(session, chosen)
-    settings: dict[str, Any] = {
-        "tasks": list(tasks),
-        "limit": limit,
-        "num_fewshot": fewshot,
-        "apply_chat_template": chat,
-        "seed": recipe.seed,
-        "batch_size": 8 if machine.batch_size == "auto" else machine.batch_size,
-    }
+    asked_for = {"tasks": list(tasks), "limit": limit, "num_fewshot": fewshot, "apply_chat_template": chat}
+    batch = 8 if machine.batch_size == "auto" else machine.batch_size
+    settings: dict[str, Any] = {**asked_for, "seed": recipe.seed, "batch_size": batch}
     before = _measured(session, None, manager, settings)
     after = _measured(session, chosen, manager, settings) if chosen is not None else None
     made = Bench(
-        output=str(output) if output is not None else None,
+        output=str(output) if output else None,
         model=model,
         scores=tuple(_scores(before, after)),
         settings=settings | {"lm_eval": _version()},
