@@ -68,6 +68,7 @@ VALUES = {
     "minutes": ("1.5", 1.5),
     "max_drift": ("0.1", 0.1),
     "min_acceptance": ("0.9", 0.9),
+    "refine": ("3", 3),
 }
 
 

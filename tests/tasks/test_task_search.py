@@ -33,7 +33,16 @@ from perpend.tasks.trials import study_name
 
 FOUND = {"trials.jsonl", "front.json", "front.svg", "schedules.svg", "study.log"}
 WRITTEN = {"edit.safetensors", "recipe.toml", "report.json", "report.html", "README.md"}
-SMALL = {"trials": 12, "generation": 6, "batch": 3, "prompts": 4, "survivors": 3, "finalists": 2, "patience": 0}
+SMALL = {
+    "trials": 12,
+    "generation": 6,
+    "batch": 3,
+    "prompts": 4,
+    "survivors": 3,
+    "finalists": 2,
+    "patience": 0,
+    "refine": 0,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -234,6 +243,21 @@ def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
     assert made.found.chosen.outcome.drift <= 0.05
     assert made.found.rule.max_drift == 0.05
     assert told[0]["met"]
+
+
+def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_dir, tmp_path):
+    model, asked = str(pico_dir("llama")), recipe(done[0], refine=5, prompts=2)
+    made = search(model, output=tmp_path / "out", recipe=asked, machine=MACHINE)
+    told = made.found.refinement
+    assert (told.start.judged.n, told.refined.judged.n) == (4, 4)
+    assert told.accepted.before.n == 2  # two targets that the score has not read
+    assert told.refined.outcome.refusal < told.start.outcome.refusal
+    assert told.refined.outcome.drift <= told.start.outcome.drift + 1e-6
+    names_of = {p.name for p in made.found.points}
+    assert {told.start.name, told.refined.name} <= names_of
+    order = finalists._ordered(made.found.rule, [told.start, told.refined], made.found.untouched)
+    assert made.found.chosen.name != told.refined.name or order[0] is told.refined
+    assert "refined" in json.loads((tmp_path / "out" / "front.json").read_text())["refinement"]["text"]
 
 
 def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypatch):

@@ -341,6 +341,15 @@ FLAGS: dict[str, Flag] = {
         key="search.min_acceptance",
         metavar="SHARE",
     ),
+    "refine": Flag(
+        ("--refine",),
+        int,
+        "Gradient steps from the best candidate; taken only where replies confirm it. 0 for none.",
+        SEARCH,
+        key="search.refine",
+        default="20",
+        metavar="STEPS",
+    ),
     "storage": Flag(
         ("--storage",),
         str,
@@ -367,7 +376,7 @@ EVERYWHERE = ("json", "quiet", "verbose", "debug")
 PROMPT_FLAGS = ("target", "baseline", "system", "chat_template", "limit")
 FIT_FLAGS = ("method", "layer", "strategy", "modules_per_batch", "no_filter", "mode", "allow_partial")
 REPLY_FLAGS = ("sample", "max_new_tokens", "classifier")
-SEARCH_FLAGS = ("trials", "minutes", "max_drift", "min_acceptance", "storage", "workers")
+SEARCH_FLAGS = ("trials", "minutes", "max_drift", "min_acceptance", "refine", "storage", "workers")
 RECIPE_FLAGS = ("config", "assignments", "seed")
 MACHINE_FLAGS = (
     "device",

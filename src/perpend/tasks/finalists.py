@@ -14,20 +14,25 @@ from typing import Any
 
 from perpend.core.edits import Edit
 from perpend.core.stats import spearman
-from perpend.errors import RunFailed
+from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import TOKENS, Behaviour
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.judgement import Judgement, Rate
 from perpend.judges.labels import Label
+<<<<<<< HEAD
 from perpend.judges.panel import Panel
+=======
+from perpend.judges.panel import Comparison, Judgement, Panel, Rate, compare
+>>>>>>> 97cd05a (Gradient steps refine the best candidate of a search, which is taken only where replies confirm it; what they add is told on targets that nothing has read)
 from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.candidate import Candidate
 from perpend.searching.front import CEILING, Rule, front, spread_out
+from perpend.searching.refine import descend
 from perpend.searching.study import Outcome, Trial, View
 from perpend.searching.workers import pair, scored
 from perpend.tasks.measure import ask, judge
-from perpend.tasks.trials import Site, Tell, edge, failures
+from perpend.tasks.trials import Site, Tell, edge, failures, rounded
 
 OTHERS = 4
 """Candidates away from the front that reply too, so that ranks have a range."""
@@ -103,6 +108,27 @@ class Correlation:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What gradient steps made of a candidate, told on targets that neither they nor any score has read."""
+
+    start: Point
+    refined: Point
+    accepted: Comparison | None
+    """Paired; None where the score has read all targets of the select split."""
+
+    def __str__(self) -> str:
+        spent = f"drift {self.start.outcome.drift:.4f} → {self.refined.outcome.drift:.4f}"
+        scored = f"refusal {self.start.outcome.refusal:.3f} → {self.refined.outcome.refusal:.3f}"
+        held_out = f"held-out targets: {self.accepted}" if self.accepted else "no target is held out from the score"
+        return f"{self.refined.name}: {scored}, {spent}; {held_out}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        accepted = self.accepted.to_json() if self.accepted else None
+        return {"start": self.start.name, "refined": self.refined.name, "accepted": accepted, "text": str(self)}
+
+
+@dataclass(frozen=True)
 class Found:
     """What a search found, and how it was chosen."""
 
@@ -119,6 +145,8 @@ class Found:
     study: Mapping[str, Any]
     """Its name, sampler, arguments and version."""
     n_layers: int
+    refinement: Refinement | None = None
+    """None where there was none."""
 
     @property
     def met(self) -> bool:
@@ -146,6 +174,7 @@ class Found:
             },
             "untouched": dict(self.untouched),
             "chosen": self.chosen.to_json(self.n_layers),
+            "refinement": self.refinement.to_json() if self.refinement else None,
             "study": dict(self.study),
             "points": self.front,
         }
@@ -223,10 +252,14 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     note(str(correlation))
     if correlation.poor:
         points += shortly(_more(view, points, search.survivors))
-    times = 2 if correlation.poor else 1
-    finalists = [replies.fully(p) for p in _ordered(rule, points, untouched)[: times * search.finalists]]
+    best = _ordered(rule, points, untouched)[: search.finalists * (2 if correlation.poor else 1)]
+    refined = _refined(site, best[0], replies)
+    finalists = [replies.fully(point) for point in [*best, *refined]]
     for point in finalists:
         tell("finalist", point.to_json(site.session.n_layers))
+    refinement = _refinement(finalists[0], finalists[-1], replies, search.prompts) if refined else None
+    if refinement is not None:
+        note(str(refinement))
     chosen = _ordered(rule, finalists, untouched)[0]
     known = {p.name: p for p in [*(_point(t, True, site) for t in on_front), *points, *finalists]}
     found = Found(
@@ -239,10 +272,42 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
         untouched=untouched,
         study=_study(site),
         n_layers=site.session.n_layers,
+        refinement=refinement,
     )
     if not found.met:
         note(f"no finalist has {rule}: the nearest is taken")
     return found
+
+
+def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
+    """Return the refined candidate, if the recipe asks for one, the model allows it and it is another."""
+    search = site.recipe.search
+    if not search.refine:
+        return []
+    leash = max(search.max_drift or 0.0, start.outcome.drift)
+    try:
+        found = descend(
+            site.session, site.scorer, start.candidate, steps=search.refine, max_drift=leash, seed=site.recipe.seed
+        )
+    except PerpendError as error:
+        note(f"not refined: {error}")
+        return []
+    if found.candidate == start.candidate:
+        note(f"{search.refine} gradient steps found nothing better than {start.name}")
+        return []
+    made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), "gradient", start.on_front)
+    return [replies.shortly(made)]
+
+
+def _refinement(start: Point, refined: Point, replies: Replies, read: int) -> Refinement:
+    """Compare a candidate with what became of it on targets that are held out from the score."""
+    seen = {prompt.id for prompt, _ in replies.behaviour.refused[:read]}
+    sides = [
+        replace(p.judged, replies=tuple(r for r in p.judged.replies if r.id not in seen))
+        for p in (start, refined)
+        if p.judged
+    ]
+    return Refinement(start, refined, compare(*sides) if sides[0].n else None)
 
 
 def _point(trial: Trial, on_front: bool, site: Site) -> Point:

@@ -213,7 +213,7 @@ def _trials(asked: Asked, site: Site, kept: Journal, machines: list[Machine], be
             if asked.workers > 1:
                 stack.enter_context(_share_cores(site.session, asked.workers))
                 stack.enter_context(crew(kept.folder, asked.recipe, machines[1:], where))
-            watch = stack.enter_context(shown(site, said))
+            watch = stack.enter_context(shown(site, said, began))
             why = site.work(deadline(asked.recipe.search.minutes, began, signs), watch)
     finally:
         write_trials(kept.folder / TRIALS, site)

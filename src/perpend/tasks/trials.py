@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from perpend.searching.storage import masked
 from perpend.searching.study import ROUND, Ledger, Outcome, Trial, View
 from perpend.searching.workers import Plan, Watch, describe, pair, scored, work
 from perpend.tasks.setup import template_hash
+from perpend.units import seconds
 
 Tell = Callable[[str, dict[str, Any]], None]
 """Is told each part of the result as soon as it is known: `tell(name, data)`."""
@@ -239,10 +241,18 @@ def edge(view: View, untouched: Pair) -> list[Trial]:
 class Progress:
     """Shows a search while it goes on: trials done, the front so far, the best by rule, and what is left."""
 
-    def __init__(self, site: Site, tell: Tell, reach: Callable[[int], None]) -> None:
-        """Begin with the trials that are there; `reach` is told how many more there are."""
+    def __init__(self, site: Site, tell: Tell, reach: Callable[[int], None], left: Callable[[], float]) -> None:
+        """Begin with the trials that are there.
+
+        Args:
+            site: The search.
+            tell: Is told of every trial, and of the front after every generation.
+            reach: Is told how many more trials there are.
+            left: Seconds until no trial begins any more.
+        """
         search = site.recipe.search
         self._plan, self._tell, self._reach, self._limit = site.plan, tell, reach, search.trials
+        self._left = left
         self._rule = Rule(search.max_drift, search.min_acceptance)
         view = site.view()
         self._seen = {trial.slot for trial in view.finished()}
@@ -274,13 +284,14 @@ class Progress:
         best = best_by(self._rule, found, self._plan.untouched)
         rate = 60 * (finished - self._start) / max(1e-6, time.monotonic() - self._began)
         outcome = best.outcome or Outcome()
-        note(
-            f"{finished} trials, {rate:.1f} a minute; front of {len(found)}, refusal {self._plan.untouched[0]:.2f} → "
-            f"{min(pair(t)[0] for t in found):.2f}; {self._rule}: trial {best.slot}, refusal {outcome.refusal:.2f} at "
-            f"drift {outcome.drift:.3f}"
-        )
+        left = min(self._left(), 60 * (self._limit - finished) / max(rate, 1e-6))
+        pace = f"{finished} trials, {rate:.1f} a minute, at most {seconds(left)} left"
+        reached = f"{self._plan.untouched[0]:.2f} → {min(pair(t)[0] for t in found):.2f}"
+        taken = f"trial {best.slot}, refusal {outcome.refusal:.2f} at drift {outcome.drift:.3f}"
+        note(f"{pace}; front of {len(found)}, refusal {reached}; {self._rule}: {taken}")
         points = [{"slot": t.slot, "refusal": pair(t)[0], "drift": pair(t)[1]} for t in found]
-        told = {"trials": finished, "per_minute": round(rate, 2), "hypervolume": round(volume, ROUND)}
+        told: dict[str, Any] = {"trials": finished, "per_minute": round(rate, 2), "seconds_left": round(left, 1)}
+        told |= {"hypervolume": round(volume, ROUND)}
         self._tell("front", {**told, "front": points, "best": best.slot})
 
 
@@ -295,11 +306,22 @@ def best_by(rule: Rule, trials: Sequence[Trial], untouched: Pair) -> Trial:
 
 
 @contextmanager
-def shown(site: Site, tell: Tell) -> Iterator[Watch]:
-    """Yield a watch that shows the trials inside the block."""
+def shown(site: Site, tell: Tell, began: float) -> Iterator[Watch]:
+    """Yield a watch that shows the trials inside the block.
+
+    Args:
+        site: The search.
+        tell: Is told of every trial.
+        began: When the search began, on the monotonic clock.
+    """
+    minutes = site.recipe.search.minutes
+
+    def ends() -> float:
+        return math.inf if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - began))
+
     left = site.recipe.search.trials - len(site.view().finished())
     with meter("trials", max(0, left)) as reach:
-        yield Progress(site, tell, reach)
+        yield Progress(site, tell, reach, ends)
 
 
 def deadline(minutes: float | None, began: float, asked: Sequence[int]) -> Callable[[], str | None]:
