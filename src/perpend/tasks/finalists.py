@@ -19,11 +19,7 @@ from perpend.fitting.behaviour import TOKENS, Behaviour
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.judgement import Judgement, Rate
 from perpend.judges.labels import Label
-<<<<<<< HEAD
-from perpend.judges.panel import Panel
-=======
-from perpend.judges.panel import Comparison, Judgement, Panel, Rate, compare
->>>>>>> 97cd05a (Gradient steps refine the best candidate of a search, which is taken only where replies confirm it; what they add is told on targets that nothing has read)
+from perpend.judges.panel import Comparison, Panel, compare
 from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.candidate import Candidate
