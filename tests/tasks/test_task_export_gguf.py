@@ -156,21 +156,18 @@ def test_a_missing_original_leaves_the_weight_factors_unmeasured(case, tmp_path,
     assert "the original is not here" in told[-1]
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
+def test_what_cannot_be_is_refused(case, tmp_path):
+    for asked, said in (
         ({"output": "out2"}, "not the name of a GGUF file"),
         ({"kind": "q3_k"}, "unknown type"),
         ({"kind": "q8_0", "base": "base.gguf"}, "types are those of the base"),
         ({"source": "hf"}, "not an output of perpend"),
-    ],
-)
-def test_what_cannot_be_is_refused(case, tmp_path, asked, said):
-    given = {"source": "out", "output": "o.gguf", **asked}
-    source = tmp_path / given.pop("source")
-    given = {k: v if k == "kind" else tmp_path / v for k, v in given.items()}
-    with pytest.raises(UsageError, match=said):
-        perpend.export_gguf(source, **given)
+    ):
+        given = {"source": "out", "output": "o.gguf", **asked}
+        source = tmp_path / given.pop("source")
+        given = {k: v if k == "kind" else tmp_path / v for k, v in given.items()}
+        with pytest.raises(UsageError, match=said):
+            perpend.export_gguf(source, **given)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
