@@ -161,6 +161,8 @@ CARRIED = (
         for code in ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "pt", "ru", "sl", "zh"]
     ),
     "judges/small.safetensors",
+    "judges/known_error.json",
+    "judges/endpoint.toml",
     "export/templates/card.md.jinja",
     "report/templates/report.html.jinja",
     "report/templates/report.css",

@@ -134,7 +134,8 @@ class EvalSection(_Section):
     sample: bool = False
     """Sample with the model's own generation settings instead of greedy decoding."""
     classifier: str = "NousResearch/Minos-v1"
-    """Sequence classifier of the hybrid: hub id, directory, `perpend:small`, or `none` for the dictionary alone."""
+    """Second judge of the hybrid: hub id or directory of a sequence classifier, `perpend:small`,
+    `endpoint:URL#model=NAME` for a model behind an OpenAI-style server, or `none` for the dictionary alone."""
     drift_tokens: int = Field(default=48, ge=1)
     """Tokens of the base model's own replies over which drift is measured."""
     control_prompts: int = Field(default=64, ge=0)

@@ -184,7 +184,7 @@ FLAGS: dict[str, Flag] = {
     "classifier": Flag(
         ("--classifier",),
         str,
-        "Second judge beside the dictionary: hub id, directory, perpend:small or none.",
+        "Second judge beside the dictionary: hub id, directory, perpend:small, endpoint:URL#model=NAME or none.",
         REPLIES,
         key="eval.classifier",
         default="NousResearch/Minos-v1",

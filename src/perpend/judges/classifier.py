@@ -12,7 +12,7 @@ import torch
 
 from perpend.config import Machine
 from perpend.errors import PerpendError, UsageError, nearest
-from perpend.judges.labels import RefusalClassifier
+from perpend.judges.labels import LabelJudge, RefusalClassifier
 from perpend.models.memory import pick_device
 from perpend.models.quiet import silenced
 from perpend.models.trust import FLAG, trusted
@@ -248,11 +248,11 @@ def refusal_index(id2label: Mapping[int, str], label: str | None, where: str) ->
     return found[0]
 
 
-def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalClassifier | None, str]:
-    """Return the classifier called `name`, or None and the reason why there is none.
+def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalClassifier | LabelJudge | None, str]:
+    """Return the second judge called `name`, or None and the reason why there is none.
 
     Args:
-        name: `none`, `perpend:small`, or what `Classifier.open` takes.
+        name: `none`, `perpend:small`, `endpoint:URL#model=NAME`, or what `Classifier.open` takes.
         machine: How it is run.
 
     Raises:
@@ -264,4 +264,8 @@ def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalC
         from perpend.judges.small import SmallClassifier
 
         return SmallClassifier.load(), ""
+    if name.startswith("endpoint:"):
+        from perpend.judges.endpoint import EndpointJudge, Settings
+
+        return EndpointJudge(Settings.parse(name)), ""
     return Classifier.load(name, machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Label(StrEnum):
@@ -78,3 +78,24 @@ class RefusalClassifier(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return which classifier this is, fit for JSON: name, revision and what else fixes its answers."""
+
+
+@runtime_checkable
+class LabelJudge(Protocol):
+    """A second judge that gives labels rather than a probability.
+
+    Attributes:
+        name: Name, as reported.
+    """
+
+    name: str
+
+    def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Return the verdict on each reply to its request, in order; `unknown` where it could not judge.
+
+        Args:
+            pairs: Requests and replies; reasoning blocks are taken off by the caller.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return which judge this is, fit for JSON: name, revision and what else fixes its answers."""

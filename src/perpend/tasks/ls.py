@@ -83,6 +83,9 @@ def _judges() -> list[Entry]:
         Entry("dictionary", "phrases by language and position; always asked, never alone in a headline"),
         Entry(EvalSection().classifier, "sequence classifier on the hub; the default second judge"),
         Entry("perpend:small", "small classifier that comes with Perpend; works without a network"),
+        Entry(
+            "endpoint:URL#model=NAME", "a model behind any OpenAI-style server; answers are kept, failures are unknown"
+        ),
         Entry("none", "no classifier: the result is marked `dictionary only`"),
     ]
 
