@@ -228,6 +228,24 @@ def test_a_storage_is_joined_and_gone_on_with(done, pico_dir, tmp_path):
     assert trials(tmp_path / "two") == trials(done[0] / "out")
 
 
+def test_people_read_the_front_the_choice_in_words_and_what_to_type_next(done, pico_dir, tmp_path, capsys):
+    storage = ["--storage", str(done[0] / "out" / "study.log")]
+    words = typed(done[0], pico_dir("llama"), *storage)
+    words[words.index("-o") + 1] = str(tmp_path / "out")
+    assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Front of the search",
+        "12 trials (",
+        "chosen, the knee of the front: trial",
+        f"perpend chat {tmp_path}",
+    ):
+        assert part in said
+    joining = [word for word in words if word not in ("-o", str(tmp_path / "out"))]
+    assert main(joining) == 0
+    assert "0 trials of" in capsys.readouterr().out
+
+
 def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
     model, storage = str(pico_dir("llama")), done[0] / "out" / "study.log"
     asked = {"machine": MACHINE, "storage": storage}

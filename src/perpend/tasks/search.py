@@ -154,7 +154,8 @@ def _joined(model: str, recipe: Recipe, machine: Machine, storage: str | None) -
         stop = deadline(recipe.search.minutes, began, signs)
         study, why, ran = take_part(recipe, machine, storage, stop=stop)
     if why == INTERRUPTED:
-        raise Interrupted(f"interrupted after {ran} trials, which are kept in {masked(storage)}")
+        told = f"interrupted after {ran} trials, which are kept in {masked(storage)}"
+        raise Interrupted(told, hint="the same command again")
     return Joined(model, masked(storage), study, ran, why, round(time.monotonic() - began, 1))
 
 
