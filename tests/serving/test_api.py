@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -389,6 +393,20 @@ def test_hostile_words_stay_words(client, duet, monkeypatch):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces).startswith(
         "</script>\n\ndata: [DONE]\n\n\x1b[2J"
     )
+
+
+def test_the_examples_in_the_documentation_work(url, duet, capsys):
+    text = (Path(__file__).parent.parent.parent / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", text.replace("http://127.0.0.1:8000", url), re.DOTALL)
+    (program,) = (block for kind, block in blocks if kind == "python")
+    exec(program, {})
+    said = capsys.readouterr().out
+    assert said.startswith("base ")
+    assert "\nedited@0.5 " in said
+    (command,) = (block for kind, block in blocks if block.startswith("curl"))
+    if shutil.which("curl"):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("data: [DONE]\n\n")
 
 
 def test_session_is_as_it_was(duet, pico_dir):
