@@ -32,13 +32,15 @@ check: $(VENV)/.dev ## style, types, and that the generated documentation is up 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src/perpend
 	$(BIN)/python docs/make_cli_reference.py --check
+	$(BIN)/python docs/make_figures.py --check
 
 fix: $(VENV)/.dev ## what can be put right by a program
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.dev ## the command-line reference, docs/cli.md
+docs: $(VENV)/.dev ## the command-line reference, docs/cli.md, and docs/figures
 	$(BIN)/python docs/make_cli_reference.py
+	$(BIN)/python docs/make_figures.py
 
 bench: $(VENV)/.dev ## start, export against cp and, with MODEL=DIR, fit and evaluation: bench/results
 	mkdir -p bench/results

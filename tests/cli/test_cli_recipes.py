@@ -1,0 +1,86 @@
+"""The recipes in examples/ are valid, the commands of their page are commands, and they run on a small model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from perpend.cli.main import app
+from perpend.config import Recipe, load
+from perpend.data import load_splits
+from perpend.refs import ModelRef
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
+PAGE = ROOT / "docs" / "recipes.md"
+OWN_PROMPTS = ("over-refusal", "tone")
+BRIEF = ("--no-filter", "--layer", "1", "--limit", "3", "--device", "cpu", "--classifier", "none")
+SHORT = ("--max-new-tokens", "2", "--set", "eval.control_prompts=0", "--set", "export.gate_prompts=1")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_named_on_the_page(cli, path):
+    said = cli("config", "validate", str(path))
+    assert said.code == 0, said.err
+    assert ModelRef.parse(load(path).model.id).kind == "hub"
+    assert f"examples/recipes/{path.name}" in PAGE.read_text(encoding="utf-8")
+
+
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "cli.md"]  # that one is generated
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_commands_on_a_page_are_commands(page):
+    root = typer.main.get_command(app)
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in (line for line in lines if line.startswith("perpend ")):
+        words = shlex.split(re.split(r" [<>|] ", line)[0], comments=True)
+        if len(words) == 1 or words[1].startswith("-"):
+            continue
+        command, rest = root.commands[words[1]], words[2:]
+        if hasattr(command, "commands"):
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(words[1], rest, resilient_parsing=False)
+
+
+SMALL = """"limit": 4}, "fit": {"filter": False, "layer": 1}, "export": {"gate_prompts": 1}, "eval": {
+    "classifier": "none", "max_new_tokens": 2, "drift_tokens": 2, "control_prompts": 0}"""
+
+
+def test_the_python_on_the_pages_runs_on_a_small_model(pico_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for page in ("extend", "python"):
+        blocks = re.findall(
+            r"^```python\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL
+        )
+        assert len(blocks) == 2
+        for block in blocks:
+            text = block.replace("google/gemma-3-1b-it", str(pico_dir("llama"))).replace('"limit": 64}', SMALL)
+            exec(compile(text, page, "exec"), {})
+    said = capsys.readouterr().out
+    assert "hybrid ['refuse']" in said
+    assert "[1, 3, 32]" in said
+
+
+@pytest.mark.parametrize("name", OWN_PROMPTS)
+def test_prompts_of_a_recipe_are_there_and_disjoint(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    splits = load_splits(load(ROOT / "examples" / "recipes" / f"{name}.toml").prompts)
+    assert min(len(side) for side in splits.sets()) >= 4
+
+
+@pytest.mark.parametrize("name", [*OWN_PROMPTS, "more-refusal"])
+def test_a_recipe_runs_on_a_small_model(cli, pico_dir, tmp_path, monkeypatch, name):
+    made = tmp_path / "out"
+    monkeypatch.chdir(ROOT)
+    line = ("run", str(pico_dir("llama")), "-c", str(ROOT / "examples" / "recipes" / f"{name}.toml"), "-o", str(made))
+    said = cli(*line, *BRIEF, *SHORT)
+    assert said.code == 0, said.err
+    recipe: Recipe = load(made / "recipe.toml")
+    asked = load(ROOT / "examples" / "recipes" / f"{name}.toml")
+    assert (recipe.edit.attention, recipe.prompts.target) == (asked.edit.attention, asked.prompts.target)
