@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from llama_cpp_greedy import greedy
+from safetensors.torch import load_file, save_file
 
 import perpend
 import perpend.core.maps
 import perpend.models.load
-from perpend.config import Machine, Recipe
+from perpend.config import Recipe
 from perpend.core.edits import Edit
+from perpend.core.quant import simulate
 from perpend.data import load_splits
 from perpend.export.checkpoint import Checkpoint
 from perpend.export.gguf import Change, leak_rows, plan, values
@@ -37,12 +39,13 @@ from perpend.judges.panel import Judgement, Panel, compare
 from perpend.models.load import load_model
 from perpend.models.replies import Reply
 from perpend.models.session import Session
-from perpend.models.simulated import quantise
 from perpend.tasks.measure import cost, judge
 
 PEAK, LAYER, DRIFT_TOKENS = 0.75, 17, 32
 FILES = {"base q4_0": "base.q4_0", "edit bf16": "plain.bf16", "plain q4_0": "plain.q4_0", "--for q4_0": "kept.q4_0"}
 """What answers, and its file."""
+INTO = {"export gguf --base": "into.q4_0"}
+"""Weighed alone: the plainly written edit, put into the GGUF file of the base."""
 
 
 class Bench:
@@ -79,15 +82,16 @@ class Bench:
     # -------------------------------------------------------------------------------------------------- files
 
     def lattice(self) -> Path:
-        """Put the matrices of the organism's layers on the q4_0 lattice, kept in bfloat16."""
-        out = self.work / "lattice"
+        """Put the matrices of the organism's layers on the q4_0 lattice, kept in the dtype of the file."""
+        out, unfinished = self.work / "lattice", self.work / "lattice.partial"
         if not out.exists():
-            loaded = load_model(self.asked.organism, Machine(dtype="bfloat16"))
-            session: Any = Session(loaded)
-            quantise(session.model, session.anatomy, "q4_0")
-            session.model.save_pretrained(out.with_name("lattice.partial"))
-            loaded.tokenizer.save_pretrained(out.with_name("lattice.partial"))
-            out.with_name("lattice.partial").rename(out)
+            shutil.copytree(self.asked.organism, unfinished)
+            weights = load_file(unfinished / "model.safetensors")
+            for name, tensor in weights.items():
+                if ".layers." in name and tensor.ndim == 2:
+                    weights[name] = simulate(tensor, "q4_0").to(tensor.dtype)
+            save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
+            unfinished.rename(out)
         return out
 
     def outputs(self) -> dict[str, Any]:
@@ -110,9 +114,14 @@ class Bench:
         for name in ("base", "plain", "kept"):
             folder = self.lattice() if name == "base" else self.work / name
             whole, small = self.work / f"{name}.bf16.gguf", self.work / f"{name}.q4_0.gguf"
-            call(tools.commands(folder, whole, "bf16"))
-            subprocess.run([sys.executable, "-c", PROGRAM, whole, small, "q4_0"], check=True, capture_output=True)
+            if not whole.exists():
+                call(tools.commands(folder, whole, "bf16"))
+            if not small.exists():
+                subprocess.run([sys.executable, "-c", PROGRAM, whole, small, "q4_0"], check=True, capture_output=True)
             sizes |= {path.name: path.stat().st_size for path in (whole, small)}
+        into = self.work / "into.q4_0.gguf"
+        if not into.exists():
+            perpend.export_gguf(self.work / "plain", output=into, base=self.work / "base.q4_0.gguf")
         return sizes
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -124,8 +133,8 @@ class Bench:
         anatomy, edit = perpend.Anatomy.of(model), Edit.load(self.work / "fit" / "edit.safetensors")
         before = Source(Checkpoint(source), model, anatomy)
         found = {}
-        for name in list(FILES)[1:]:
-            files = layouts(self.work / f"{FILES[name]}.gguf")
+        for name, stem in [*list(FILES.items())[1:], *INTO.items()]:
+            files = layouts(self.work / f"{stem}.gguf")
             changes = plan(files, edit, anatomy)
             rows = leak_rows(changes, files, anatomy, before=before.whole, allow_leak=True)
             square = sum(row.asked**2 for row in rows)

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import pico
 from perpend.core.edits import Edit, HookMap, ModuleEdit, edit_bias, edit_weight
 from perpend.core.linear import orthonormalise
+from perpend.core.quant import simulate
 from perpend.models.anatomy import Anatomy
 
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = torch.tensor([[2, 40, 41, 42, 200, 77, 5, 13]])
 
 
@@ -68,3 +70,14 @@ def hooked(model: nn.Module, anatomy: Anatomy, edit: Edit) -> Iterator[None]:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def on_lattice(folder: Path, family: str = "llama") -> Path:
+    """Write a bfloat16 checkpoint whose writers lie on the q4_0 lattice."""
+    model = pico.build(family, **WIDE)
+    with torch.no_grad():
+        for writer in Anatomy.of(model).writers:
+            matrix = writer.matrix(writer.weight(model))
+            matrix.copy_(simulate(matrix.contiguous(), "q4_0"))
+    model.bfloat16().save_pretrained(folder)
+    return folder

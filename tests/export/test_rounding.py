@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from export_cases import an_edit, load
+from export_cases import an_edit, load, on_lattice
 from safetensors.torch import load_file
 
 import pico
@@ -16,19 +14,6 @@ from perpend.errors import GateFailed, UsageError
 from perpend.export.shards import bake
 from perpend.export.verify import leak_gate
 from perpend.models.anatomy import Anatomy
-
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def on_lattice(folder: Path, family: str = "llama") -> Path:
-    """Write a bfloat16 checkpoint whose writers lie on the q4_0 lattice."""
-    model = pico.build(family, **WIDE)
-    with torch.no_grad():
-        for writer in Anatomy.of(model).writers:
-            matrix = writer.matrix(writer.weight(model))
-            matrix.copy_(simulate(matrix.contiguous(), "q4_0"))
-    model.bfloat16().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("mode", ["plain", "column", "row"])

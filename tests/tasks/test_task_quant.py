@@ -12,8 +12,7 @@ from task_cases import MACHINE, a_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
 
-from export_cases import an_edit, load
-from test_rounding import on_lattice
+from export_cases import an_edit, load, on_lattice
 
 import perpend
 import pico
