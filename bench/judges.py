@@ -3,8 +3,9 @@
     python bench/judges.py [--split test] [--write]
 
 Refused or not, in all languages and in each: precision, recall and F1 of the dictionary, of `perpend:small` and of both
-together (refused if either says so). `--write` stores the counts from which acceptance rates are corrected; it is to be
-repeated whenever a word list or the classifier has changed. `--classifier NAME` measures another one.
+together (refused if either says so). `--write` stores the counts from which acceptance rates are corrected, of this
+set and of the older English one; it is to be repeated whenever a word list or the classifier has changed.
+`--classifier NAME` measures another one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ LABELS = (Label.COMPLY, Label.REFUSE, Label.EVADE, Label.BROKEN)
 def judged(gold: list[Gold], panel: Panel) -> Judgement:
     """Judge the replies."""
     return panel.judge([Record(g.request, g.reply, g.finished, str(k)) for k, g in enumerate(gold)])
+
+
+def older() -> list[Gold]:
+    """Return the test part of the older English set, plainer replies."""
+    rows = [json.loads(line) for line in (HERE / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+    keys = ("finished", "request", "reply")
+    return [Gold("en", Label(x["label"]), x["tag"], *(x[k] for k in keys)) for x in rows if x["split"] == "test"]
 
 
 def said(found: Judgement) -> dict[str, list[Label]]:
@@ -86,14 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
     parser.add_argument("--classifier", default=SMALL)
-    parser.add_argument("--write", action="store_true", help="store the counts of the test part in the package")
+    parser.add_argument("--write", action="store_true", help="store the counts of the test parts in the package")
     given = parser.parse_args()
     gold = read_gold(HERE / f"gold.{given.split}.jsonl")
     rows = said(judged(gold, Panel.load(given.classifier)))
     print(table(gold, rows, [ALL, "en"]), confusion(gold, rows["dictionary"]), sep="\n\n", end="\n\n")
     print(table(gold, {"dictionary": rows["dictionary"]}, list(dict.fromkeys(g.language for g in gold))))
     if given.write:
-        entries = measured(read_gold(HERE / "gold.test.jsonl"), ["none", SMALL])
+        entries = measured([*read_gold(HERE / "gold.test.jsonl"), *older()], ["none", SMALL])
         DATA.write_text(json.dumps({"judges": entries}).replace("}, ", "},\n") + "\n", encoding="utf-8")
 
 

@@ -6,10 +6,21 @@ import itertools
 from pathlib import Path
 
 import pytest
+from replies import load
 
 from perpend.core.stats import rogan_gladen
 from perpend.errors import UsageError
-from perpend.judges.accuracy import ALL, Counts, KnownError, acceptance, fingerprint, known_error, read_gold, refusals
+from perpend.judges.accuracy import (
+    ALL,
+    Counts,
+    Gold,
+    KnownError,
+    acceptance,
+    fingerprint,
+    known_error,
+    read_gold,
+    refusals,
+)
 from perpend.judges.classifier import SMALL
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.labels import Label, Record
@@ -19,9 +30,11 @@ from perpend.judges.panel import Panel
 GOLD = {split: read_gold(Path(__file__).with_name(f"gold.{split}.jsonl")) for split in ("dev", "test")}
 
 
-def labels(split: str, name: str):
-    records = [Record(g.request, g.reply, g.finished, str(k)) for k, g in enumerate(GOLD[split])]
-    return Panel.load(name).judge(records)
+def measured(name: str):
+    older = [Gold("en", Label(r.label), r.tag, r.finished, r.request, r.reply) for r in load("test")]
+    gold = [*GOLD["test"], *older]
+    found = Panel.load(name).judge([Record(g.request, g.reply, g.finished, str(k)) for k, g in enumerate(gold)])
+    return found, acceptance(gold, found.labels)
 
 
 def test_the_labelled_replies_are_many_and_of_every_kind_in_every_language():
@@ -51,8 +64,7 @@ def test_the_dictionary_tells_refusals_that_it_was_not_fitted_to():
 
 @pytest.mark.parametrize("name", ["none", SMALL])
 def test_the_shipped_error_is_what_is_measured(name):
-    found = labels("test", name)
-    counts = acceptance(GOLD["test"], found.labels)
+    found, counts = measured(name)
     hint = "python bench/judges.py --write"
     known = known_error(found.judges, ["fr", "de"])
     assert known is not None, hint
@@ -73,7 +85,15 @@ def test_a_rate_is_corrected_unless_it_cannot_be():
     error = KnownError((90, 100), (45, 50), "en")
     assert error.correct(70, 100) == rogan_gladen(70, 100, (90, 100), (45, 50))
     assert error.correct(0, 0) is None
-    assert KnownError((50, 100), (25, 50), "en").correct(70, 100) is None
+    assert KnownError((50, 100), (25, 50), "en").correct(50, 100) is None
+
+
+def test_a_rate_that_the_error_rules_out_is_not_corrected():
+    error = KnownError((24, 62), (110, 118), "en")
+    assert error.correct(30, 100) is not None
+    assert not error.holds(128, 200)
+    assert error.correct(128, 200) is None
+    assert KnownError((60, 62), (60, 118), "en").correct(2, 200) is None
 
 
 def test_counts_by_hand():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -184,6 +185,10 @@ def test_what_cannot_be_corrected_says_why():
     assert unknown.to_json()["corrected"] is None
     assert unknown.correction == "not corrected: the error of these judges was never measured"
     assert Panel.load("none").judge([]).correction == "not corrected: nothing was judged"
+    found = Panel.load("perpend:small").judge(records(*[ANSWER] * 60))
+    accepted = replace(found, replies=tuple(replace(r, label=Label.COMPLY) for r in found.replies))
+    assert accepted.corrected is None
+    assert accepted.correction.endswith("which the rate found here rules out")
 
 
 def test_the_language_of_a_set_is_that_of_nearly_all_its_requests():

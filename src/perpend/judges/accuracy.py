@@ -151,11 +151,23 @@ class KnownError:
     rejected: tuple[int, int]
     language: str
 
-    def correct(self, k: int, n: int) -> tuple[float, float, float] | None:
-        """Return the rate corrected for the error, with its interval; None where nothing was judged or it cannot be.
+    def holds(self, k: int, n: int) -> bool:
+        """Return whether these judges, erring so, could have accepted k of n.
 
-        It cannot be corrected for judges that are no better than chance: see `rogan_gladen`.
+        At most they accept the share of replies that comply which they accept, at least that of others which they
+        do. Where the whole interval of the rate lies outside, they do not err so on the replies at hand.
         """
+        (low, high), wrong = wilson(k, n), self.rejected[1] - self.rejected[0]
+        return low <= wilson(*self.accepted)[1] and high >= wilson(wrong, self.rejected[1])[0]
+
+    def correct(self, k: int, n: int) -> tuple[float, float, float] | None:
+        """Return the rate corrected for the error, with its interval; None where it cannot be.
+
+        That is where nothing was judged, where the error cannot be that on the replies at hand (`holds`), and for
+        judges that are no better than chance (`rogan_gladen`).
+        """
+        if not self.holds(k, n):
+            return None
         try:
             return rogan_gladen(k, n, self.accepted, self.rejected)
         except UsageError:

@@ -143,8 +143,12 @@ class Judgement:
             return "not corrected: the error of these judges was never measured"
         (a, m), (b, n) = error.accepted, error.rejected
         counts = f"they accept {a} of {m} replies that comply and {n - b} of {n} others of known label"
+        if not self.acceptance.n:
+            return "not corrected: nothing was judged"
         if found is None:
-            return f"not corrected: {counts}" if self.acceptance.n else "not corrected: nothing was judged"
+            beyond = not error.holds(self.acceptance.k, self.acceptance.n)
+            why = ", which the rate found here rules out" if beyond else ", no better than chance"
+            return f"not corrected: {counts}{why}"
         share, low, high = found
         return (
             f"accepted, corrected for the judges' error: {share:.1%}, 95 % interval {low:.1%} to {high:.1%} ({counts})"

@@ -19,8 +19,8 @@ from perpend.judges.patterns import compiled, straightened
 
 KEPT = 0.6
 """A language is taken to be spoken when it has this share of the frequent words that the likeliest one has."""
-ENOUGH = 4
-"""Words that a sentence must have for its language to count beside that of the whole text."""
+ENOUGH = 3
+"""Frequent words that a sentence must have for its language to count beside that of the whole text."""
 
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|\n+|(?<=[。।؟])")
 
@@ -145,18 +145,20 @@ def spoken(text: str, languages: Sequence[Language]) -> tuple[Language, ...]:
     plain = straightened(text)
     if not scripts(plain):
         return tuple(languages)
-    found: dict[str, Language] = {}
-    for k, piece in enumerate([plain, *_SENTENCE.split(plain)]):
-        row = words(piece)
-        if k == 0 or len(row) >= ENOUGH:
-            found |= {language.name: language for language in _likely(piece, row, languages)}
+    found = {language.name: language for language in _likely(plain, languages)}
+    for piece in _SENTENCE.split(plain):
+        found |= {language.name: language for language in _likely(piece, languages, ENOUGH)}
     return tuple(found.values())
 
 
-def _likely(text: str, row: Sequence[str], languages: Sequence[Language]) -> list[Language]:
+def _likely(text: str, languages: Sequence[Language], least: int = 0) -> list[Language]:
+    """Return the languages of which `text` has most frequent words; none where it has fewer than `least` of any."""
+    row = words(text)
+    counts = [(sum(word in language.common for word in row), language) for language in languages]
+    best = max((count for count, _ in counts), default=0)
+    if best < least:
+        return []
     counted = scripts(text).most_common(1)
-    readable = [language for language in languages if counted and counted[0][0] in language.scripts]
-    shares = {language.name: sum(word in language.common for word in row) for language in readable}
-    best = max(shares.values(), default=0)
-    ranked = sorted(readable, key=lambda language: -shares[language.name])
-    return [language for language in ranked if shares[language.name] >= KEPT * best]
+    readable = [(n, language) for n, language in counts if counted and counted[0][0] in language.scripts]
+    best = max((count for count, _ in readable), default=0)
+    return [language for n, language in sorted(readable, key=lambda x: -x[0]) if n >= KEPT * best]
