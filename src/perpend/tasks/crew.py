@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,8 @@ from perpend.searching.study import Ledger
 from perpend.tasks.setup import open_session
 from perpend.tasks.trials import deadline, join, patient, study_name
 
+STORAGE = "PERPEND_STORAGE"
+"""Environment variable that tells a worker where the study is: a URL may hold a password, which no file should."""
 GRACE = 600.0
 """Seconds that a worker may take to end its batch."""
 
@@ -56,13 +58,14 @@ def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str |
         where: Storage of the study.
     """
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
+    cores = str(threads(len(machines) + 1))
     with contextlib.ExitStack() as stack:
         for k, machine in enumerate(machines, start=1):
             job, log = folder / f"worker-{k}.json", folder / f"worker-{k}.log"
             told = {"recipe": recipe.model_dump(mode="json"), "machine": machine.model_dump(mode="json")}
-            job.write_text(json.dumps({**told, "storage": str(where), "leader": os.getpid()}), encoding="utf-8")
+            job.write_text(json.dumps({**told, "leader": os.getpid()}), encoding="utf-8")
             said = stack.enter_context(log.open("wb"))
-            running.append((_start(job, said, threads(len(machines) + 1)), log))
+            running.append((_start(job, said, {STORAGE: str(where), "OMP_NUM_THREADS": cores}), log))
         try:
             yield
         finally:
@@ -73,12 +76,11 @@ def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str |
                 _ended(k, process, log)
 
 
-def _start(job: Path, said: IO[bytes], cores: int) -> subprocess.Popen[bytes]:
+def _start(job: Path, said: IO[bytes], told: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a worker in a session of its own, so that a Ctrl-C on the terminal reaches it by way of the leader."""
     command = [sys.executable, "-m", "perpend.tasks.crew", str(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+        command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, **told}, start_new_session=True
     )
 
 
@@ -120,7 +122,7 @@ def main(job: str) -> int:
         def orphaned() -> str | None:
             return stop() or (None if os.getppid() == leader else "the process that leads the search is gone")
 
-        _, why, ran = take_part(recipe, machine, told["storage"], stop=orphaned)
+        _, why, ran = take_part(recipe, machine, os.environ[STORAGE], stop=orphaned)
     sys.stderr.write(f"{ran} trials; {why}\n")
     return 0
 
