@@ -133,11 +133,11 @@ def test_out_of_memory_halves_the_rows_and_then_the_batches_and_the_score_stays(
     whole = scorer.score(some)
     together, sizes, calls = Scorer._together, [], []
 
-    def short(self, edits):
+    def short(self, edits, rivals):
         sizes.append(len(edits))
         if len(edits) > 1 or len(sizes) == 2:
             raise torch.OutOfMemoryError("out of memory")
-        return together(self, edits)
+        return together(self, edits, rivals)
 
     def once(*given):
         calls.append(1)
@@ -149,10 +149,31 @@ def test_out_of_memory_halves_the_rows_and_then_the_batches_and_the_score_stays(
     monkeypatch.setattr(Scorer, "_together", short)
     again = scorer.score(some)
     assert sizes == [3, 1, 1, 1]
-    monkeypatch.setattr(Scorer, "_together", lambda self, edits: short(self, [*edits, *edits]))
+    monkeypatch.setattr(Scorer, "_together", lambda self, edits, rivals: short(self, [*edits, *edits], rivals))
     monkeypatch.setattr(forward, "likelihoods", once)
     last = scorer.score(some[:1])
     for found, true in zip([*again, *last], [*whole, whole[0]], strict=True):
         assert (found.refusal, found.drift) == pytest.approx((true.refusal, true.drift), abs=1e-5)
     assert scorer.session.budget.forward == before.forward // 2
     scorer.session.budget = before
+
+
+def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_and_the_others_stay_what_they_are(pico_dir):
+    session = Session(load_model(pico_dir("llama")), Machine(device="cpu"))
+    session.budget = replace(session.budget, forward=64 * 8)  # trees of two or three prompts
+    one = Scorer(session, directions(session), Recipe(), behaviour(session, 24))
+    assert len(one.sheets["target"].trees) > 4
+    some = [candidate(w) for w in (0.0, 0.3, 0.02, 0.4, 0.1)]
+    whole = one.score(some)
+    target = max(whole, key=lambda o: -1 if o.dropped else o.drift)
+    rival = replace(whole[0], drift=0.0, refusal=target.refusal - 9, per_target=tuple(x - 9 for x in target.per_target))
+    raced = one.score(some, rivals=[rival])
+    assert any(o.dropped and "cannot reach" in o.dropped for o in raced)
+    for found, true in zip(raced, whole, strict=True):
+        if found.dropped and "cannot reach" in found.dropped:
+            assert true.refusal >= rival.refusal
+            assert true.drift >= rival.drift
+            assert found.per_target is None
+        else:
+            assert (found.refusal, found.drift) == pytest.approx((true.refusal, true.drift), abs=2e-5)
+    assert one.score(some, rivals=[replace(rival, drift=9.0)]) == whole

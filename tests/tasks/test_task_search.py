@@ -137,11 +137,11 @@ def test_the_saved_weights_are_the_chosen_edit_and_its_recipe_makes_them_again(d
 def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(done, pico_dir, tmp_path, monkeypatch):
     score, calls = Scorer.score, []
 
-    def stopping(self, candidates):
+    def stopping(self, candidates, **rivals):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(1)
-        return score(self, candidates)
+        return score(self, candidates, **rivals)
 
     asked = {"output": tmp_path / "out", "recipe": recipe(done[0]), "machine": MACHINE}
     monkeypatch.setattr(Scorer, "score", stopping)
@@ -166,9 +166,9 @@ def typed(folder: Path, model: Path, *more: str) -> list[str]:
 def test_ctrl_c_ends_after_the_batch_and_the_printed_command_goes_on(done, pico_dir, tmp_path, monkeypatch, capsys):
     score = Scorer.score
 
-    def pressed(self, candidates):
+    def pressed(self, candidates, **rivals):
         os.kill(os.getpid(), signal.SIGINT)
-        return score(self, candidates)
+        return score(self, candidates, **rivals)
 
     monkeypatch.setattr(Scorer, "score", pressed)
     before = signal.getsignal(signal.SIGINT)
@@ -200,10 +200,10 @@ def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
     score, asked, storage = Scorer.score, recipe(done[0]).for_model(str(pico_dir("llama"))), tmp_path / "shared.log"
     name, until = study_name(asked, MACHINE, load_splits(asked.prompts)), time.monotonic() + 120
 
-    def together(self, candidates):  # the other process starts later, and has to have something to do
+    def together(self, candidates, **rivals):  # the other process starts later, and has to have something to do
         while time.monotonic() < until and len(owners(Ledger(storage, name).view(6, 3).slots.values())) < 2:
             time.sleep(0.2)
-        return score(self, candidates)
+        return score(self, candidates, **rivals)
 
     monkeypatch.setattr(Scorer, "score", together)
     given = {"machine": MACHINE, "storage": storage, "workers": 2}
@@ -279,7 +279,9 @@ def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_d
 
 
 def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(Scorer, "score", lambda self, candidates: [Outcome(failed="a test") for _ in candidates])
+    monkeypatch.setattr(
+        Scorer, "score", lambda self, candidates, **rivals: [Outcome(failed="a test") for _ in candidates]
+    )
     with pytest.raises(RunFailed, match="no trial of 12 refuses less than the untouched model: a test"):
         search(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe(done[0]), machine=MACHINE)
     assert {row["failed"] for row in trials(tmp_path / "out.resume")} == {"a test"}

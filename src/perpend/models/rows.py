@@ -90,6 +90,11 @@ class Stack:
         write = torch.stack([rows(m, lambda m: m.factor * m.write) for m in maps])
         return cls(read, write, scales("input_scale"), scales("output_scale"))
 
+    def keep(self, rows: Sequence[int]) -> Stack:
+        """Return the maps of some of the rows."""
+        scales = [None if x is None else x[list(rows)] for x in (self.input_scale, self.output_scale)]
+        return Stack(self.read[list(rows)], self.write[list(rows)], *scales)
+
     def apply(self, y: Tensor, tokens: int) -> Tensor:
         """Return the edited output of the module for rows of `tokens` tokens, `[n, T, d]` or `[n · T, d]`."""
         z = _by_row(y, tokens)
@@ -180,7 +185,7 @@ class Rows:
         self,
         session: Session,
         stacks: Sequence[tuple[nn.Module, Stack]],
-        joining: Mapping[int, int],
+        joins: Sequence[int] = (0,),
         order: Sequence[int] = (0,),
     ) -> None:
         """Take maps that are made.
@@ -188,10 +193,10 @@ class Rows:
         Args:
             session: The untouched model.
             stacks: Modules and their maps; differentiable where these are.
-            joining: How many rows join before a layer, by layer, in order; behind the last one by the number of layers.
+            joins: The layer before which each row joins, ascending; the number of layers stands for behind the last.
             order: Which edit is in each row.
         """
-        self.session, self._stacks, self._joining, self._order = session, list(stacks), dict(joining), list(order)
+        self.session, self._stacks, self._joins, self._order = session, list(stacks), list(joins), list(order)
 
     @property
     def n(self) -> int:
@@ -223,7 +228,14 @@ class Rows:
             module, parts = session.model.get_submodule(name), [edits[k].modules.get(name) for k in order]
             maps = [hook_map(module, writer, p) if p is not None and p.weight else None for p in parts]
             stacks.append((module, Stack.of(maps)))
-        return cls(session, stacks, {j: joins.count(j) for j in sorted(set(joins))}, order)
+        return cls(session, stacks, sorted(joins), order)
+
+    def keep(self, edits: Sequence[int]) -> Rows:
+        """Return the rows of some of the edits, ascending; they are counted anew."""
+        rows = [row for row, edit in enumerate(self._order) if edit in set(edits)]
+        order = [list(edits).index(self._order[row]) for row in rows]
+        stacks = [(module, made.keep(rows)) for module, made in self._stacks]
+        return Rows(self.session, stacks, [self._joins[row] for row in rows], order)
 
     def logits(self, planted: Planted, base: bool = True) -> Tensor:
         """Return logits at the columns of the tree, in the model's dtype.
@@ -245,15 +257,16 @@ class Rows:
     def _joined(self, planted: Planted, base: bool) -> Iterator[None]:
         layers = self.session.anatomy.layer_modules(self.session.model)
         last = len(layers)
-        begin = min(self._joining, default=last)
+        joining = {at: self._joins.count(at) for at in sorted(set(self._joins))}
+        begin = min(joining, default=last)
         with ExitStack() as stack:
             for layer in layers[:begin]:
                 stack.enter_context(_stood_in(layer, len(planted.tree)))
-            for at, count in self._joining.items():
+            for at, count in joining.items():
                 if at < last:
                     hook = _join(planted.entering[at], count, at == begin)
                     stack.callback(layers[at].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if behind := base + self._joining.get(last, 0):
+            if behind := base + joining.get(last, 0):
                 hook = _join_behind(planted.entering[last], behind, begin == last)
                 stack.callback(layers[-1].register_forward_hook(hook).remove)
             yield

@@ -6,15 +6,17 @@ answers to baselines. What drifts further than `RUIN` is ruined: it is given the
 no sampler is drawn to it.
 
 Candidates go through the model together wherever their edits allow it (`perpend.searching.sheets`), else one by one;
-the score is the same, to rounding.
+the score is the same, to rounding. What cannot reach the front any more leaves the batch
+(`perpend.searching.racing`).
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.stats import bootstrap_mean
 from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.layers import RUIN, Probe
@@ -30,10 +33,11 @@ from perpend.models.rows import Rows, per_row
 from perpend.models.session import Session
 from perpend.progress import note
 from perpend.searching.candidate import Candidate
-from perpend.searching.objectives import Question, divergence, likelihoods, mean_interval
+from perpend.searching.objectives import Question, divergence, likelihoods
 from perpend.searching.openings import find
+from perpend.searching.racing import hopeless
 from perpend.searching.sheets import Sheet, find_room, together
-from perpend.searching.study import Outcome
+from perpend.searching.study import ROUND, Outcome
 
 LEAST = 256
 """Padded tokens of a forward pass below which a batch is not halved again."""
@@ -93,12 +97,17 @@ class Scorer:
         return [q for q, end in zip(self.found.questions, ends, strict=True) if of.start < end <= of.stop]
 
     def score(
-        self, candidates: Sequence[Candidate], *, directions: Mapping[int, Directions] | None = None
+        self,
+        candidates: Sequence[Candidate],
+        *,
+        rivals: Sequence[Outcome] = (),
+        directions: Mapping[int, Directions] | None = None,
     ) -> list[Outcome]:
         """Return what each candidate is worth; one that fails says why, and the others go on.
 
         Args:
             candidates: Any number; as many go together as the recipe says.
+            rivals: What lies on the front: what cannot reach it any more is dropped on the way.
             directions: Other directions of each k than the scorer's own.
         """
         edits: dict[int, Edit] = {}
@@ -109,9 +118,8 @@ class Scorer:
             except Exception as error:
                 outcomes[k] = Outcome(failed=reason(error))
         quick = [k for k, edit in edits.items() if self.room is not None and per_row(self.session.anatomy, edit)]
-        rest = [k for k in edits if k not in quick]
-        outcomes |= zip(quick, self._scored([edits[k] for k in quick]), strict=True)
-        outcomes |= ((k, self._alone(edits[k])) for k in rest)
+        outcomes |= zip(quick, self._scored([edits[k] for k in quick], rivals), strict=True)
+        outcomes |= ((k, self._alone(edit)) for k, edit in edits.items() if k not in quick)
         return [self._judged(outcomes[k]) for k in range(len(candidates))]
 
     def _judged(self, outcome: Outcome) -> Outcome:
@@ -123,7 +131,7 @@ class Scorer:
 
     # ------------------------------------------------------------------------------------------------ many edits
 
-    def _scored(self, edits: Sequence[Edit]) -> list[Outcome]:
+    def _scored(self, edits: Sequence[Edit], rivals: Sequence[Outcome] = ()) -> list[Outcome]:
         """Score edits, as many together as memory allows."""
         if self.room is None:
             return [self._alone(edit) for edit in edits]
@@ -131,7 +139,7 @@ class Scorer:
         while len(done) < len(edits):
             some = edits[len(done) : len(done) + rows]
             try:
-                done += self._together(some)
+                done += self._together(some, rivals)
             except Exception as error:
                 if not out_of_memory(error):
                     done += [Outcome(failed=reason(error))] * len(some)
@@ -143,15 +151,30 @@ class Scorer:
                     done.append(self._alone(some[0]))
         return done
 
-    def _together(self, edits: Sequence[Edit]) -> list[Outcome]:
+    def _together(self, edits: Sequence[Edit], rivals: Sequence[Outcome]) -> list[Outcome]:
+        """Score edits in the rows of a batch; those that are dropped leave it."""
         if self.room is None:
             raise RunFailed("the edits of this model do not go together")
-        rows = Rows.of(self.session, edits, self.room.at)
-        with torch.no_grad():
-            asked = [together(p, rows, likelihoods, False) for _, p in self.sheets["target"].trees]
-            told = [together(p, rows, divergence, True) for _, p in self.sheets["baseline"].trees]
-        odds, drift = log_odds(self.found.questions, torch.cat(asked, dim=1)), torch.cat(told, dim=1)
-        return [outcome(a, b) for a, b in zip(odds, drift, strict=True)]
+        left, rows = list(range(len(edits))), Rows.of(self.session, edits, self.room.at)
+        odds, drift = ([list[float]() for _ in edits] for _ in range(2))
+        dropped: dict[int, str] = {}
+        for asked, told in zip_longest(self.sheets["target"].trees, self.sheets["baseline"].trees):
+            with torch.no_grad():
+                if asked is not None:
+                    found = log_odds(self.questions(asked[0]), together(asked[1], rows, likelihoods, False))
+                    _add(odds, left, found)
+                if told is not None:
+                    _add(drift, left, together(told[1], rows, divergence, True))
+            for k in left:
+                if why := hopeless(odds[k], drift[k], *self.prompts.values(), rivals):
+                    dropped[k] = why
+            if any(k in dropped for k in left):
+                places = [place for place, k in enumerate(left) if k not in dropped]
+                left = [left[place] for place in places]
+                if not left:
+                    break
+                rows = rows.keep(places)
+        return [outcome(a, b, dropped.get(k)) for k, (a, b) in enumerate(zip(odds, drift, strict=True))]
 
     # -------------------------------------------------------------------------------------------------- one edit
 
@@ -161,7 +184,7 @@ class Scorer:
             try:
                 told = self.sheets["baseline"].one_by_one(edit, divergence, base=True)
                 asked = self.sheets["target"].one_by_one(edit, likelihoods)
-                return outcome(log_odds(self.found.questions, asked[None])[0], told)
+                return outcome(log_odds(self.found.questions, asked[None])[0].tolist(), told.tolist())
             except Exception as error:
                 if not (out_of_memory(error) and self._halved()):
                     return Outcome(failed=reason(error))
@@ -191,12 +214,23 @@ def log_odds(questions: Sequence[Question], found: Tensor) -> Tensor:
     return torch.stack([q.log_odds(part) for q, part in zip(questions, each, strict=True)], dim=1)
 
 
-def outcome(odds: Tensor, drift: Tensor) -> Outcome:
-    """Return means and intervals of log-odds `[N]` and drift `[M]`; not finite ones have failed."""
-    if not bool(odds.isfinite().all() and drift.isfinite().all()):
+def outcome(odds: Sequence[float], drift: Sequence[float], dropped: str | None = None) -> Outcome:
+    """Return means and intervals of log-odds and drift over the prompts that were read; not finite ones have failed."""
+    if not all(map(math.isfinite, [*odds, *drift])):
         return Outcome(failed="the logits are not finite")
-    (refusal, reach), (cost, spread) = mean_interval(odds), mean_interval(drift.clamp_min(0))
-    return Outcome(refusal, cost, reach, spread)
+    costs = [max(0.0, x) for x in drift]
+    (refusal, *reach), (cost, *spread) = bootstrap_mean(odds), bootstrap_mean(costs)
+    whole = {} if dropped else {"per_target": _short(odds), "per_baseline": _short(costs)}
+    return Outcome(refusal, cost, (reach[0], reach[1]), (spread[0], spread[1]), dropped, **whole)
+
+
+def _short(numbers: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(x, ROUND) for x in numbers)
+
+
+def _add(lists: Sequence[list[float]], places: Sequence[int], found: Tensor) -> None:
+    for place, row in zip(places, found.tolist(), strict=True):
+        lists[place] += row
 
 
 def reason(error: Exception) -> str:

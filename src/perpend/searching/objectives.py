@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perpend.core.stats import bootstrap_mean
 from perpend.data import Prompt
 from perpend.errors import RunFailed
 from perpend.models.tree import Said
@@ -106,9 +105,3 @@ def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]
         kl = torch.where(weight > 0, weight * (base - single), 0).sum(-1) - whole + single.logsumexp(-1)
         found.append(torch.stack([kl[place.to(kl.device)].mean() for place in places]))
     return torch.stack(found) if found else base.new_zeros(0, len(places))
-
-
-def mean_interval(per_prompt: Tensor) -> tuple[float, tuple[float, float]]:
-    """Return the mean over prompts `[n]` and its 95 % bootstrap interval."""
-    mean, low, high = bootstrap_mean(per_prompt.double().cpu().numpy())
-    return mean, (low, high)

@@ -240,7 +240,7 @@ class _Descent:
 
     def loss(self, targets: Sequence[int], baselines: Sequence[int], leash: float, smooth: float) -> Tensor:
         """Return what is minimised, in nats."""
-        rows = Rows(self.session, self._stacks(), {0: 1})
+        rows = Rows(self.session, self._stacks())
         asked, told = self.scorer.sheets["target"], self.scorer.sheets["baseline"]
         odds, spent = [], []
         for k in targets:

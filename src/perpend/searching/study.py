@@ -61,6 +61,10 @@ class Outcome:
     """Why it was not scored to the end; the numbers are then estimates."""
     failed: str | None = None
     """Why there are no numbers."""
+    per_target: tuple[float, ...] | None = None
+    """Log-odds of refusing each target, where it was scored to the end."""
+    per_baseline: tuple[float, ...] | None = None
+    """Drift on each baseline, likewise."""
 
 
 @dataclass(frozen=True)

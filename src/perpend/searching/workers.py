@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 POLL = 0.5
 """Seconds between two looks at a study in which others are at work."""
 
-Evaluate = Callable[[Sequence["Candidate"], Sequence[Pair]], Sequence[Outcome]]
-"""Scores candidates together, given the front of the generations before theirs."""
+Evaluate = Callable[[Sequence["Candidate"], Sequence[Outcome]], Sequence[Outcome]]
+"""Scores candidates together, given what lies on the front of the generations before theirs."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Plan:
     def front(self, view: View, generation: int) -> list[Pair]:
         """Return the front of the generations before `generation`."""
         return front([self.untouched, *(pair(t) for t in scored(view) if t.slot < generation * self.size)], lambda p: p)
+
+    def rivals(self, view: View, generation: int) -> list[Outcome]:
+        """Return what lies on the front of the generations before `generation`."""
+        before = [t.outcome for t in scored(view) if t.slot < generation * self.size and t.outcome is not None]
+        return front(before, lambda o: (o.refusal, o.drift))
 
     def volumes(self, view: View, limit: int) -> list[float]:
         """Return the hypervolume after each generation that has ended."""
@@ -131,7 +136,7 @@ def _take(ledger: Ledger, view: View, limit: int) -> Batch | None:
 def _run(ledger: Ledger, plan: Plan, view: View, batch: Batch, evaluate: Evaluate) -> None:
     began = time.monotonic()
     candidates = [plan.space.candidate(trial.params) for trial in batch.trials]
-    outcomes = evaluate(candidates, plan.front(view, batch.trials[0].slot // plan.size))
+    outcomes = evaluate(candidates, plan.rivals(view, batch.trials[0].slot // plan.size))
     ledger.end(batch, outcomes, time.monotonic() - began)
 
 

@@ -131,7 +131,7 @@ class Site:
             return work(
                 self.ledger,
                 self.plan,
-                lambda candidates, front: [rounded(o) for o in self.scorer.score(candidates)],
+                lambda candidates, rivals: [rounded(o) for o in self.scorer.score(candidates, rivals=rivals)],
                 limit=search.trials,
                 patience=search.patience,
                 stop=stop,

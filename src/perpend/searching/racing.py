@@ -1,0 +1,65 @@
+"""Racing: a candidate that can't reach the front any more is not scored to the end.
+
+A candidate is dominated when some point of the front has no more drift and no more refusal. Both are means over
+prompts, of which a part has been read:
+
+- drift is never negative, so that what has been read, over all prompts, is an *exact lower bound* of the mean;
+- for refusal the same prompts are compared pairwise with the point of the front. With mean m and standard deviation s
+  of n differences read, the mean of the N - n others lies above m - z s √(1/n + 1/(N - n)) with the stated confidence,
+  if differences are about normal; that bound and what has been read give one of the mean over all N.
+
+Racing never changes what is on the front but with the probability that is left, 0.1 % for every look.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from perpend.fitting.layers import RUIN
+from perpend.searching.study import Outcome
+
+Z = 3.09
+"""One-sided 99.9 % quantile of the normal distribution."""
+FEWEST = 8
+"""Differences that are needed for a standard deviation to be believed."""
+
+
+def least_mean(differences: Sequence[float], total: int) -> float:
+    """Return the lower bound of the mean over `total` prompts of which some have been read."""
+    n, left = len(differences), total - len(differences)
+    mean = statistics.fmean(differences)
+    if left <= 0:
+        return mean
+    if n < FEWEST:
+        return -math.inf
+    others = mean - Z * statistics.stdev(differences) * math.sqrt(1 / n + 1 / left)
+    return (n * mean + left * others) / total
+
+
+def hopeless(
+    odds: Sequence[float], drift: Sequence[float], targets: int, baselines: int, rivals: Sequence[Outcome]
+) -> str | None:
+    """Return why a candidate cannot reach the front any more; None while it can.
+
+    Args:
+        odds: Log-odds of refusing the targets that have been read, the first of all.
+        drift: Drift on the baselines that have been read, likewise.
+        targets: Targets in all.
+        baselines: Baselines in all.
+        rivals: What lies on the front, with its numbers for every prompt.
+    """
+    spent = sum(max(0.0, x) for x in drift) / baselines
+    if spent > RUIN:
+        return f"drift {spent:.2f} nats per token or more: ruined"
+    for rival in rivals:
+        own = rival.per_target
+        if own is None or len(own) != targets or rival.drift > spent or not odds:
+            continue
+        if least_mean([a - b for a, b in zip(odds, own, strict=False)], targets) > 0:
+            return (
+                f"after {len(odds)} of {targets} targets it cannot reach refusal {rival.refusal:.2f} at drift "
+                f"{rival.drift:.3f} (99.9 % confidence)"
+            )
+    return None

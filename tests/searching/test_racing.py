@@ -1,0 +1,36 @@
+"""Racing: bounds that hold, at the confidence that is stated."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+from perpend.searching.racing import hopeless, least_mean
+from perpend.searching.study import Outcome
+
+RIVAL = Outcome(1.0, 0.05, per_target=(1.0,) * 20)
+
+
+def test_the_bound_is_below_the_mean_over_all_and_that_itself_at_the_end():
+    rng = random.Random(0)
+    missed = 0
+    for _ in range(2000):
+        whole = [rng.gauss(0.3, 2.0) for _ in range(48)]
+        missed += least_mean(whole[:12], 48) > statistics.fmean(whole)
+        assert least_mean(whole, 48) == statistics.fmean(whole)
+    assert missed <= 16  # 0.1 % would be 2, for a standard deviation that is known
+    assert least_mean([5.0] * 7, 48) == float("-inf")
+
+
+def test_only_what_is_worse_in_both_numbers_is_dropped():
+    worse, better = [3.0 + 0.01 * k for k in range(10)], [0.5] * 10
+    assert "10 of 20 targets" in hopeless(worse, [0.2] * 10, 20, 20, [RIVAL])
+    assert hopeless(better, [0.2] * 10, 20, 20, [RIVAL]) is None
+    assert hopeless(worse, [0.09] * 10, 20, 20, [RIVAL]) is None  # with no more drift it would be below the rival's
+    assert hopeless(worse[:5], [0.5] * 10, 20, 20, [RIVAL]) is None
+    assert hopeless(worse, [0.2] * 10, 20, 20, [Outcome(1.0, 0.05)]) is None
+
+
+def test_ruin_is_known_as_soon_as_the_sum_is_large_enough():
+    assert "ruined" in hopeless([], [6.0, 5.0], 20, 20, [])
+    assert hopeless([], [6.0, 3.0], 20, 20, []) is None
