@@ -93,7 +93,7 @@ def test_everything_is_written_and_nothing_is_left_behind(done, pico_dir):
     assert names(folder) == {"out", "target.txt", "baseline.txt"}
     assert names(folder / "out") == WRITTEN | FOUND | names(pico_dir("llama"))
     told = list(dict.fromkeys(name for name, _ in order if name != "read"))
-    assert told == ["model", "trial", "front", "survivor", "finalist", "search", "report", "gate"]
+    assert told == ["model", "openings", "trial", "front", "survivor", "finalist", "search", "report", "gate"]
     rows = trials(folder / "out")
     assert [row["slot"] for row in rows] == list(range(12))
     assert sum(name == "trial" for name, _ in order) == 12

@@ -57,7 +57,7 @@ def run_search(model: str | None, request: Request) -> None:
         storage=request["storage"],
         workers=request["workers"] if request["workers"] is not None else 1,
         dry_run=request.dry_run,
-        tell=_events(request) if out.style == "json" else out.teller({**views.PARTS, "search": search_views.found}),
+        tell=_events(request) if out.style == "json" else out.teller({**views.PARTS, **search_views.PARTS}),
     )
     if out.style == "json":
         _events(request)("result", result.to_json())

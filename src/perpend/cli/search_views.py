@@ -16,6 +16,14 @@ from perpend.units import seconds
 View = Iterator[RenderableType]
 
 
+def openings(data: Data) -> View:
+    """Show what refusals are weighed against: openings that the model gives without its direction."""
+    heard = f"{data['complied']} of {data['targets']} targets answered without the direction of layer {data['layer']}"
+    yield Text(f"\nscore: refusals against openings; {heard}", style="dim")
+    for text in data["openings"]:
+        yield Text(f"  {printable(text)!r}", style="dim")
+
+
 def found(data: Data) -> View:
     """Show the front with intervals, the chosen edit in words, and how far the score is to be trusted."""
     right = ("refusal", "drift", "accepted", "broken")
@@ -59,3 +67,7 @@ def written(data: Data) -> View:
 def joined(data: Data) -> View:
     """Say what a process did that joined a search."""
     yield Text(f"{data['trials']} trials of {data['study']} in {seconds(data['seconds'])}; {printable(data['why'])}")
+
+
+PARTS = {"openings": openings, "search": found}
+"""Views of the parts of a search beside those of a run."""

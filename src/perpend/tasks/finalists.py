@@ -139,7 +139,7 @@ class Found:
     untouched: Mapping[str, float]
     """Refusal score and acceptance of the untouched model, shortly."""
     study: Mapping[str, Any]
-    """Its name, sampler, arguments and version."""
+    """Its name, sampler, arguments and version, and how the openings of the score were found."""
     n_layers: int
     refinement: Refinement | None = None
     """None where there was none."""
@@ -348,4 +348,5 @@ def _correlation(points: Sequence[Point]) -> Correlation:
 
 def _study(site: Site) -> dict[str, Any]:
     told = site.ledger.settings().get("plan") or {}
-    return {"name": site.ledger.name, **{k: told.get(k) for k in ("sampler", "arguments", "optuna", "seed")}}
+    sampler = {k: told.get(k) for k in ("sampler", "arguments", "optuna", "seed")}
+    return {"name": site.ledger.name, **sampler, "openings": site.scorer.found.to_json()}

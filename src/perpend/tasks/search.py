@@ -172,6 +172,7 @@ def _search(asked: Asked, base: Run, splits: Splits, kept: Journal, said: Tell) 
         return measure_base(session, splits, recipe, ranks, kept.replies, kept.checkpoint)
 
     site = lead(ledger, session, splits, recipe, measure)
+    said("openings", site.scorer.found.to_json())
     clock.lap("fit")
     why = _trials(asked, site, kept, machines, began, said)
     clock.lap("trials")
