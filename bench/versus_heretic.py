@@ -90,12 +90,13 @@ def install(venv: Path) -> None:
     subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "heretic-llm"], check=True)
 
 
-def write_prompts(splits: Splits, folder: Path, each: int) -> dict[str, Path]:
-    """Write the prompts of every split and class, at most `each`, one a line; returns the files by name."""
+def write_prompts(splits: Splits, folder: Path, each: int, held_out: int) -> dict[str, Path]:
+    """Write the prompts of every split and class, one a line; returns the files by name."""
     found = {}
     for prompts in splits.sets():
         path = folder / f"{prompts.name}.txt"
-        texts = [" ".join(p.text.split()) for p in prompts.limited(each)]
+        most = held_out if prompts.name.endswith("report") else each
+        texts = [" ".join(p.text.split()) for p in prompts.limited(most)]
         path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
         found[prompts.name] = path
     return found
@@ -337,33 +338,39 @@ def main() -> None:
     install(given.heretic)
     given.work.mkdir(parents=True)
     splits = load_splits(Recipe().prompts)
-    files = write_prompts(splits, given.work, given.prompts)
+    files = write_prompts(splits, given.work, given.prompts, given.held_out)
+    settings = {k: v for k, v in vars(given).items() if k not in LOCAL}
+    found: dict[str, Any] = {"settings": settings}
+
+    def keep() -> None:  # after every step, so that a run that is cut short leaves what it has
+        if given.output:
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     theirs = run_theirs(given.organism, given.work, files, given)
+    found["heretic"] = {**told(theirs), "points": [_public(p) for p in theirs["points"]]}
+    keep()
     ours = run_ours(given.organism, given.work, files, given)
+    found["perpend"] = {**told(ours), "stages": ours["stages"], "points": [_public(p) for p in ours["points"]]}
+    keep()
     judged = Judge(given.organism, given.original, splits, given)
-    untouched, truth = judged(judged.organism), judged(judged.original)
-    for point in [*theirs["points"], *ours["points"]]:
-        if "path" in point:
-            point |= judged(Session(load_model(point["path"]), Machine()))
-        else:
-            point |= judged(judged.organism, edit_of(judged.organism, given.work / "perpend", point["edit"]))
-    found = {
-        "untouched": untouched,
-        "original": truth,
-        "heretic": {**told(theirs), "points": theirs["points"]},
-        "perpend": {**told(ours), "stages": ours["stages"], "points": ours["points"]},
-        "compared": compared(theirs, ours, untouched, 60 * given.minutes),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items() if k not in LOCAL},
-    }
-    for side in ("heretic", "perpend"):
-        for point in found[side]["points"]:
-            point.pop("path", None)
-    text = json.dumps(found, indent=1)
-    print(text)
+    found["untouched"], found["original"] = judged(judged.organism), judged(judged.original)
+    for name, side in (("perpend", ours), ("heretic", theirs)):
+        for k, point in enumerate(side["points"]):
+            if "path" in point:
+                point |= judged(Session(load_model(point["path"]), Machine()))
+            else:
+                point |= judged(judged.organism, edit_of(judged.organism, given.work / "perpend", point["edit"]))
+            found[name]["points"][k] = _public(point)
+            keep()
+    found["compared"] = compared(theirs, ours, found["untouched"], 60 * given.minutes)
+    keep()
+    print(json.dumps(found, indent=1))
     print(markdown(found))
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(text + "\n", encoding="utf-8")
+
+
+def _public(point: Point) -> Point:
+    return {key: value for key, value in point.items() if key != "path"}
 
 
 LOCAL = ("organism", "original", "work", "heretic", "output")
