@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 
@@ -63,6 +64,16 @@ def test_every_part_is_on_the_page_and_text_is_escaped(made):
     assert page.count("<script") == 1
     assert " onclick" not in page
     assert "Control: a random direction" in page
+
+
+def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):
+    side = json.loads((made / "report.json").read_text())["report"]["after"]["target"]
+    assert side["language"] == "en"
+    assert f"{side['corrected']['share']:.1%}" in side["correction"]
+    page, card = (made / "report.html").read_text(), (made / "README.md").read_text()
+    assert str(escape(side["correction"].capitalize())) in page
+    assert "corrected for the judges’ error" in page
+    assert side["correction"] in card
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path):
