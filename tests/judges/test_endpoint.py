@@ -202,6 +202,22 @@ def test_a_slow_server_is_not_waited_for(tmp_path, monkeypatch):
     assert found[0].label is Label.UNKNOWN
 
 
+def test_an_interruption_ends_the_attempts(tmp_path):
+    asked = threading.Event()
+
+    def interrupted(_: float) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    with FakeServer([(503, {}, "")]) as server:
+        settings = Settings(server.url, "tiny", parallel=1)
+        stopped = EndpointJudge(settings, cache=tmp_path, sleep=interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.verdicts([(REQUEST, f"{ANSWER} {i}") for i in range(50)])
+        assert asked.is_set()
+        assert len(server.seen) < 50
+
+
 def test_a_key_comes_from_the_environment_and_goes_over_https_alone(tmp_path, monkeypatch):
     monkeypatch.setenv(KEY, "secret")
     with FakeServer([said_by("COMPLY")]) as server:

@@ -119,12 +119,14 @@ class EndpointJudge:
 
     def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Label replies to their requests, in order; see `perpend.judges.labels.LabelJudge`."""
-        with ThreadPoolExecutor(self.settings.parallel) as pool:
-            try:
-                found = list(track(pool.map(self._verdict, pairs), "judge", total=len(pairs)))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(self.settings.parallel)
+        try:
+            found = list(track(pool.map(self._verdict, pairs), "judge", total=len(pairs)))
+        except BaseException:
+            self._server.left = 0  # what is under way tries no more
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         lost = [v.reason for v in found if v.label is Label.UNKNOWN]
         if lost:
             note(f"{self.name}: {len(lost)} of {len(pairs)} replies could not be judged: {lost[-1]}")
