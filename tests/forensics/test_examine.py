@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import suspects
+from perpend.core.kernels import fit_kernel
+from perpend.core.maps import ModuleEdit, edit_weight
 from perpend.core.quant import simulate
 from perpend.core.schedule import NormalKernel, PerLayer, Tent
 from perpend.errors import UsageError
@@ -62,6 +66,34 @@ def test_directions_of_each_layer_are_told_from_one_for_all(told):
     assert (found.verdict.name, found.shared.scope) == ("ablation", "one per layer")
     assert found.shared.within > 0.99
     assert found.kernels["mlp.down_proj"][1].kind == "constant"
+
+
+def test_directions_that_turn_slowly_are_one_per_layer_and_a_tent_that_ends_above_zero_is_one(told):
+    """As the most common tool makes them: neighbouring layers at |cos| 0.95 or so, λ falling linearly to an edge."""
+    before, (v, other) = suspects.base(), suspects.directions(2)
+    weights = [
+        max(0.0, 1.13 - 0.19 * abs(layer - 6.4)) if abs(layer - 6.4) <= 3.32 else 0.0
+        for layer in range(suspects.LAYERS)
+    ]
+
+    def take(layer, kind, w):
+        angle = torch.tensor(0.15 * layer)
+        own = (angle.cos() * v + angle.sin() * other)[None]
+        return edit_weight(w, ModuleEdit(own, weights[layer]))
+
+    found = told(before, suspects.changed(before, suspects.WRITERS, take))
+    assert found.shared.scope == "one per layer"
+    assert found.shared.neighbours == pytest.approx(math.cos(0.15), abs=0.01)
+    measured, kernel = found.kernels["mlp.down_proj"]
+    assert measured == pytest.approx(weights, abs=0.02)
+    assert (kernel.kind, round(kernel.peak_weight, 1), round(kernel.peak_layer, 1)) == ("tent", 1.1, 6.4)
+
+
+def test_three_layers_are_too_few_to_tell_a_kernel_from_a_tent():
+    assert fit_kernel([0.0, 0.0, 0.3, 0.9, 0.4, 0.0, 0.0, 0.0]).kind == "none"
+    assert fit_kernel(NormalKernel().weights(12)).kind == "normal"
+    assert fit_kernel(Tent(peak_layer=5, spread=4.5).weights(12)).kind == "tent"
+    assert fit_kernel([0.0, 0.0, 0.5, 0.5, 0.0]).kind == "band"
 
 
 def test_two_directions_are_two(told):

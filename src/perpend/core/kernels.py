@@ -29,7 +29,8 @@ class Kernel:
     """A schedule that fits."""
 
     kind: str
-    """normal, tent, band, constant; `none` when no shape fits to 0.05."""
+    """normal, tent, band, constant; `none` when no shape fits to 0.05, or when so few layers were edited that a normal
+    kernel and a tent both fit exactly."""
     peak_weight: float
     peak_layer: float | None
     """In layers from 0; None for a constant."""
@@ -76,7 +77,9 @@ def fit_kernel(weights: Sequence[float]) -> Kernel:
     found: dict[str, tuple[float, list[float]]] = {"constant": (_rss(y, np.full_like(y, y.mean())), [float(y.mean())])}
     found["band"] = _best_band(x, y)
     found["normal"] = _least(x, y, _normal, _starts(x, y), smooth=_smooth)
-    found["tent"] = _least(x, y, _tent, [[*start[:2], 2 * start[2], 0.0] for start in _starts(x, y)])
+    found["tent"] = min(
+        _best_tent(x, y), _least(x, y, _tent, [[*start[:2], 2 * start[2], 0.0] for start in _starts(x, y)])
+    )
     floor = len(y) * RESOLUTION**2
 
     def criterion(kind: str) -> float:
@@ -90,7 +93,8 @@ def fit_kernel(weights: Sequence[float]) -> Kernel:
     if chosen == "constant":
         kind = chosen if rms[chosen] < 0.05 else "none"
         return Kernel(kind, p[0], None, None, None, rms[chosen], others)
-    kind = chosen if rms[chosen] < 0.05 else "none"
+    either = max(rms["normal"], rms["tent"]) <= RESOLUTION
+    kind = chosen if rms[chosen] < 0.05 and not (either and chosen in ("normal", "tent")) else "none"
     return Kernel(kind, p[0], p[1], abs(p[2]), p[3] if chosen == "tent" else None, rms[chosen], others)
 
 
@@ -143,6 +147,24 @@ def _least(
                 p = list(minimize(cost, p, args=(form,), method="Nelder-Mead", options={"maxiter": 600}).x)
         if (rss := cost(p, shape)) < best[0]:
             best = (rss, [float(v) for v in p])
+    return best
+
+
+def _best_tent(x: Values, y: Values) -> tuple[float, list[float]]:
+    """Return the best tent over the layers that were edited: linear in |x - peak|, for every place of the peak."""
+    inside = np.abs(y) > RESOLUTION
+    best: tuple[float, list[float]] = (math.inf, [0.0, 0.0, 1.0, 0.0])
+    if not inside.any():
+        return best
+    for place in np.arange(x[inside][0], x[inside][-1] + 0.01, 0.02):
+        away = np.abs(x - place)
+        level, slope = np.linalg.lstsq(np.stack([np.ones_like(away), away], 1)[inside], y[inside], rcond=None)[0]
+        reach = float(away[inside].max())
+        beyond = float(away[~inside].min(initial=reach + 1))
+        ends = -level / slope if slope else math.inf  # where it comes to 0, if that is before the next layer
+        spread = float(max(ends if reach <= ends < beyond else (reach + beyond) / 2, reach, 0.3))
+        made = [float(level), float(place), spread, float(level + slope * spread)]
+        best = min(best, (_rss(y, _tent(x, made)), made))
     return best
 
 

@@ -16,6 +16,9 @@ from perpend.forensics.change import EXPLAINS, Change
 
 SAME = 0.9
 """Share of the directions' squared length in their common span, above which they count as one."""
+TURNED = 0.01
+"""What directions must share less between layers than within, beyond noise, to count as one per layer: those of
+neighbouring layers are much alike."""
 CERTAIN = 5.0
 """Standard errors by which one mode must predict better than the next to be told from it."""
 
@@ -97,16 +100,25 @@ def shared(changes: Sequence[Change]) -> Shared | None:
     spans = {layer: common_span(frames, rank) for layer, frames in layers.items()}
     several = [share for layer, (_, share) in spans.items() if len(layers[layer]) > 1]
     within = sum(several) / len(several) if several else None
-    scope = "one per matrix"
-    if common >= SAME:
-        scope = "one for all layers"
-    elif within is not None and within >= SAME:
-        scope = "one per layer"
     mode, certainty, runner_up = _mode([change for change, _ in found])
     by_layer = {layer: frame for layer, (frame, _) in spans.items()}
     near = [abs(float(by_layer[a][0] @ by_layer[b][0])) for a, b in combinations(sorted(by_layer), 2) if b == a + 1]
     beside = sum(near) / len(near) if near else None
-    return Shared(side, rank, scope, common, within, beside, mode, certainty, runner_up, span, by_layer)
+    return Shared(
+        side, rank, _scope(common, within), common, within, beside, mode, certainty, runner_up, span, by_layer
+    )
+
+
+def _scope(common: float, within: float | None) -> str:
+    """Say how far the directions are shared.
+
+    What noise takes from the share within a layer of two matrices is about half of what it takes over many.
+    """
+    if within is not None and within >= SAME and within - common > TURNED + 2 * (1 - within):
+        return "one per layer"
+    if common >= SAME:
+        return "one for all layers"
+    return "one per layer" if within is not None and within >= SAME else "one per matrix"
 
 
 def _mode(changes: Sequence[Change]) -> tuple[str, float, str | None]:
