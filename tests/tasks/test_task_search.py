@@ -285,6 +285,9 @@ def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypa
     with pytest.raises(RunFailed, match="no trial of 12 refuses less than the untouched model: a test"):
         search(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe(done[0]), machine=MACHINE)
     assert {row["failed"] for row in trials(tmp_path / "out.resume")} == {"a test"}
+    asked = recipe(done[0], minutes=1e-6)
+    with pytest.raises(RunFailed, match="no trial was run: 1e-06 minutes have passed; try: more --minutes"):
+        search(str(pico_dir("llama")), output=tmp_path / "none", recipe=asked, machine=MACHINE)
 
 
 def test_what_cannot_be_done_is_one_line(done, pico_dir, tmp_path, capsys):

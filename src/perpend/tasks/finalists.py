@@ -232,9 +232,7 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     rule, replies = Rule(search.max_drift, search.min_acceptance), Replies(site, panel, stores)
     on_front = edge(view, site.plan.untouched)
     if not on_front:
-        told = "; ".join(sorted({t.outcome.failed for t in view.finished() if t.outcome and t.outcome.failed})[:2])
-        none = f"no trial of {len(view.finished())} refuses less than the untouched model"
-        raise RunFailed(none + (f": {told}" if told else ""), hint="more --trials")
+        raise _nothing(view, why)
     untouched = _untouched(site, replies.behaviour)
 
     def shortly(trials: Sequence[Trial]) -> list[Point]:
@@ -273,6 +271,16 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     if not found.met:
         note(f"no finalist has {rule}: the nearest is taken")
     return found
+
+
+def _nothing(view: View, why: str) -> RunFailed:
+    """Return why there is nothing to choose from."""
+    finished = view.finished()
+    if not finished:
+        return RunFailed(f"no trial was run: {why}", hint="more --minutes or --trials")
+    told = "; ".join(sorted({t.outcome.failed for t in finished if t.outcome and t.outcome.failed})[:2])
+    none = f"no trial of {len(finished)} refuses less than the untouched model"
+    return RunFailed(none + (f": {told}" if told else ""), hint="more --trials")
 
 
 def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
