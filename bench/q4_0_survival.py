@@ -1,10 +1,11 @@
 """Does an edit survive a real q4_0 quantisation by llama.cpp, on weights that lie on the q4_0 lattice?
 
-    python bench/q4_0_survival.py ORGANISM --llama-cpp DIR --work DIR [--prompts 64] [--tokens 64] > q4_0_survival.json
+    python bench/q4_0_survival.py ORGANISM --edit out/demo/edited --llama-cpp DIR --work DIR [--prompts 64] [--weights]
 
-The organism is put on the lattice, an edit is fitted on it and written twice, plainly and by `--for q4_0`. Both are
-converted by llama.cpp's converter, quantised by its `llama_model_quantize`, and answer by its own generation. What is
-in the work folder already is not made again. Needs the package llama-cpp-python and a checkout of llama.cpp.
+The organism is put on the lattice, and an edit of it, its largest weight factor scaled to 0.75, is written twice,
+plainly and as by `--for q4_0`. Both are converted by llama.cpp's converter, quantised by its `llama_model_quantize`,
+and answer by its own generation; `--weights` stops before that. What is in the work folder already is not made again.
+Needs the package llama-cpp-python and a checkout of llama.cpp. Prints JSON.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from typing import Any
 import torch
 from llama_cpp_greedy import greedy
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import perpend
-import perpend.core.maps
-import perpend.models.load
 from perpend.config import Recipe
-from perpend.core.edits import Edit
+from perpend.core.edits import Edit, edit_weight
 from perpend.core.quant import simulate
 from perpend.data import load_splits
 from perpend.export.checkpoint import Checkpoint
@@ -35,13 +35,15 @@ from perpend.export.gguf import Change, leak_rows, plan, values
 from perpend.export.gguf_file import layouts
 from perpend.export.gguf_from import Source
 from perpend.export.llama_cpp import PROGRAM, Tools, call
+from perpend.export.shards import bake
 from perpend.judges.panel import Judgement, Panel, compare
-from perpend.models.load import load_model
+from perpend.models.load import load_model, skeleton
 from perpend.models.replies import Reply
 from perpend.models.session import Session
 from perpend.tasks.measure import cost, judge
+from perpend.tasks.recipes import EDIT, find_edit, write_recipe
 
-PEAK, LAYER, DRIFT_TOKENS = 0.75, 17, 32
+PEAK, DRIFT_TOKENS = 0.75, 32
 FILES = {"base q4_0": "base.q4_0", "edit bf16": "plain.bf16", "plain q4_0": "plain.q4_0", "--for q4_0": "kept.q4_0"}
 """What answers, and its file."""
 INTO = {"export gguf --base": "into.q4_0"}
@@ -54,16 +56,7 @@ class Bench:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.work = asked, Path(asked.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        schedule = {"kind": "normal", "peak_weight": PEAK}
-        self.recipe = Recipe.model_validate(
-            {
-                "prompts": {"limit": 128},
-                "fit": {"layer": LAYER, "filter": False},
-                "edit": {"attention": schedule, "mlp": schedule},
-                "eval": {"classifier": "perpend:small", "max_new_tokens": asked.tokens},
-                "export": {"gate_prompts": 0},
-            }
-        )
+        self.recipe = Recipe.model_validate({"model": {"id": str(self.work / "lattice")}})
         splits = load_splits(self.recipe.prompts)
         self.targets = splits.report.target.limited(asked.prompts).prompts
         self.baselines = splits.report.baseline.limited(asked.prompts // 2).prompts
@@ -94,18 +87,25 @@ class Bench:
             unfinished.rename(out)
         return out
 
+    def edit(self) -> Edit:
+        """Return the edit, scaled."""
+        found = find_edit(Path(self.asked.edit))
+        return found.scaled(PEAK / max(part.weight for part in found.modules.values()))
+
+    def bare(self) -> nn.Module:
+        """Return the model without its weights."""
+        source = str(self.lattice())
+        return skeleton(perpend.ModelRef.parse(source).resolve(), source)
+
     def outputs(self) -> dict[str, Any]:
-        """Fit on the lattice and write the edit both ways; returns what rounding cost."""
-        base = str(self.lattice())
-        if not (self.work / "fit").exists():
-            perpend.fit(base, output=self.work / "fit", recipe=self.recipe.for_model(base))
-        made = {}
+        """Write the edit both ways; returns what rounding cost."""
+        made, model, edit = {}, self.bare(), self.edit()
         for name, rounding in (("plain", "auto"), ("kept", "q4_0")):
             shutil.rmtree(self.work / name, ignore_errors=True)
-            export = self.recipe.export.model_copy(update={"rounding": rounding})
-            recipe = self.recipe.model_copy(update={"export": export})
-            done: Any = perpend.apply(base, edit=self.work / "fit", output=self.work / name, recipe=recipe)
-            made[name] = done.export.rounding
+            done = bake(self.lattice(), edit, perpend.Anatomy.of(model), self.work / name, model, rounding=rounding)
+            edit.save(self.work / name / EDIT)
+            write_recipe(self.work / name, self.recipe, edit)
+            made[name] = done.rounding
         return made
 
     def files(self) -> dict[str, int]:
@@ -128,10 +128,9 @@ class Bench:
 
     def realised(self) -> dict[str, Any]:
         """Measure the weight factors that the edited files really hold."""
-        source = self.lattice()
-        model = perpend.models.load.skeleton(perpend.ModelRef.parse(str(source)).resolve(), str(source))
-        anatomy, edit = perpend.Anatomy.of(model), Edit.load(self.work / "fit" / "edit.safetensors")
-        before = Source(Checkpoint(source), model, anatomy)
+        model, edit = self.bare(), self.edit()
+        anatomy = perpend.Anatomy.of(model)
+        before = Source(Checkpoint(self.lattice()), model, anatomy)
         found = {}
         for name, stem in [*list(FILES.items())[1:], *INTO.items()]:
             files = layouts(self.work / f"{stem}.gguf")
@@ -152,7 +151,7 @@ class Bench:
         """Return the RMS distance of what a file holds from the exact edit, relative to the exact edit."""
         own = whole = 0.0
         for change in changes:
-            exact = perpend.core.maps.edit_weight(before.whole(change), edit.modules[change.writer.name])
+            exact = edit_weight(before.whole(change), edit.modules[change.writer.name])
             own += float((values(change.file.path, change.tensor).double() - exact).square().sum())
             whole += float(exact.square().sum())
         return (own / whole) ** 0.5
@@ -170,7 +169,7 @@ class Bench:
     def transformers(self) -> dict[str, Any]:
         """Answer in transformers with the values of the files; drift from the lattice over its own answers."""
         base, other = (Session(load_model(str(self.lattice()))) for _ in range(2))
-        edit = Edit.load(self.work / "fit" / "edit.safetensors")
+        edit = self.edit()
         replies = base.generate(self.baselines, max_new_tokens=DRIFT_TOKENS)
         asked = judge(self.baselines, replies, self.panel)
         found: dict[str, Any] = {}
@@ -195,6 +194,8 @@ class Bench:
         """Return all figures."""
         rounding = self.once("rounding", self.outputs)
         sizes, weights = self.once("files", self.files), self.once("realised", self.realised)
+        if self.asked.weights:
+            return {"peak": PEAK, "rounding": rounding, "sizes": sizes, "weights": weights}
         said = {name: self.once(f"said.{FILES[name]}", lambda name=name: self.llama_cpp(name)) for name in FILES}
         here = self.once("transformers", self.transformers)
         from tokenizers import Tokenizer
@@ -207,7 +208,6 @@ class Bench:
             "prompts": len(self.targets),
             "tokens": self.asked.tokens,
             "peak": PEAK,
-            "layer": LAYER,
             "rounding": rounding,
             "sizes": sizes,
             "weights": weights,
@@ -230,11 +230,13 @@ def main() -> None:
     """Make everything and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("organism")
+    parser.add_argument("--edit", required=True)
     parser.add_argument("--llama-cpp", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--weights", action="store_true")
     print(json.dumps(Bench(parser.parse_args()).report(), indent=1))
 
 
