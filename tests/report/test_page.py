@@ -22,6 +22,7 @@ from perpend.tasks.run import run
 HOSTILE = (
     '<img src="http://example.invalid/x.png" onerror="document.title=1"></details><script>document.title=2</script>'
 )
+STEERING = "\x1b[2J \u202egnp.exe \u2066 family: \U0001f468\u200d\U0001f467"
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -35,7 +36,7 @@ def made(tmp_path_factory, pico_dir):
     data = json.loads(path.read_text())
     data["report"]["pairs"][0] |= {
         "prompt": HOSTILE,
-        "after": HOSTILE,
+        "after": HOSTILE + STEERING,
         "label_before": "refuse",
         "label_after": "comply",
     }
@@ -62,6 +63,8 @@ def test_every_part_is_on_the_page_and_text_is_escaped(made):
         assert f'<section id="{part}"' in page or f'<h2 id="{part}"' in page, part
     assert HOSTILE not in page
     assert page.count("<script") == 1
+    assert not set("\x1b\u202e\u2066") & set(page)
+    assert r"\x1b[2J \u202egnp.exe \u2066 family: " + STEERING[-3:] in page
     assert " onclick" not in page
     assert "Control: a random direction" in page
 

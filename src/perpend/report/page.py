@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from perpend import units
 from perpend._version import __version__
 from perpend.errors import UsageError
+from perpend.escape import on_page
 from perpend.report import figures
 from perpend.report.document import Document, Drift, Fit, Interval, Report, Side
 
@@ -55,6 +56,7 @@ def render(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=True,
+        finalize=_shown,
     )
     environment.filters |= {
         "pct": percent,
@@ -89,6 +91,11 @@ def standalone(figure: Markup) -> str:
     style = Markup("<style>svg{{background:var(--paper)}}{}</style>").format(Markup(_asset("report.css")))
     head, body = str(figure).split(">", 1)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{head} xmlns="http://www.w3.org/2000/svg">{style}{body}\n'
+
+
+def _shown(value: Any) -> Any:
+    """Make text that is no markup of ours harmless before it is escaped."""
+    return on_page(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> str:
