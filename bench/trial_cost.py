@@ -3,11 +3,11 @@
     python bench/trial_cost.py ORGANISM [--prompts 16] [--rows 1 2 4 8] [--repeats 3] [--json FILE]
 
 Bare is the untouched model on the same tokens in batches of the same shape, logits of the same tokens included, without
-hooks and without scores. `alone` is an edit in plain padded batches, prompts repeated for each reply, as a search
-without trees and rows would have it. `together` is a batch of candidates over trees of tokens: first with every layer
-run for every row, then with the layers below the first edited one taken from the untouched model. Seconds are the
-least of the repeats, per candidate, on one thread: processor time, which is the wall time of a quiet machine and does
-not count what other programs do on a busy one. Prints JSON and a Markdown table.
+hooks and without scores; `bare_apart` the same in plain padded batches, prompts repeated for each reply. `alone` is an
+edit in such batches, as a search without trees and rows would have it. `together` is a batch of candidates over trees
+of tokens: first with every layer run for every row, then with the layers below the first edited one taken from the
+untouched model. Seconds are the least of the repeats, per candidate, on one thread: processor time, which is the wall
+time of a quiet machine and does not count what other programs do on a busy one. Prints JSON and a Markdown table.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ def bare(scorer: Scorer, rows: int) -> None:
             wide = {k: v.expand(rows, *v.shape[1:]) for k, v in planted.inputs.items()}
             with torch.no_grad():
                 replace(planted, inputs=wide).logits(scorer.session)
+
+
+def apart(scorer: Scorer) -> None:
+    """Run the untouched model over all sequences in plain padded batches, every reply with a prompt of its own."""
+    logits = scorer.session.under(None)
+    for sheet in scorer.sheets.values():
+        with torch.no_grad():
+            for batch in scorer.session.batches(sheet._prompts, sheet._tails):
+                logits(batch)
 
 
 def candidates(n: int, n_layers: int, first: int = 0) -> list[Candidate]:
@@ -134,7 +143,11 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     (one,) = candidates(1, n)
     edit = one.edit(session, directions, recipe)
-    alone = least(given.repeats, lambda: scorer._alone(edit))
+    plain = {
+        "bare_apart": round(least(given.repeats, lambda: apart(scorer)), 4),
+        "alone": round(least(given.repeats, lambda: scorer._alone(edit)), 4),
+    }
+    print(json.dumps(plain), flush=True)
     for prompts in (given.prompts // 4, given.prompts // 2):
         rows.append(row(made(session, directions, recipe, behaviour, prompts, count), count, 0, given.repeats))
         print(json.dumps(rows[-1]), flush=True)
@@ -142,13 +155,13 @@ def main() -> None:
         "model": Path(given.organism).name,
         "layers": n,
         "processor": platform.processor() or platform.machine(),
-        "alone": round(alone, 4),
+        **plain,
         "untouched_refusal": scorer.untouched.refusal,
         "rows": rows,
     }
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"\nalone, in plain padded batches: {alone:.2f} s\n")
+    print(f"\nplain padded batches: bare {plain['bare_apart']:.2f} s, an edit alone {plain['alone']:.2f} s\n")
     print(
         "| candidates | prompts | first edited layer | tokens | bare, s | together | with reuse | ratio | with reuse |"
     )

@@ -14,6 +14,7 @@ import pico
 from perpend import drift
 from perpend.config import Machine, Recipe
 from perpend.core.schedule import Band, Constant
+from perpend.errors import RunFailed
 from perpend.fitting.layers import Probe
 from perpend.models.load import load_model
 from perpend.models.session import Session
@@ -177,3 +178,13 @@ def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_and_the_others
         else:
             assert (found.refusal, found.drift) == pytest.approx((true.refusal, true.drift), abs=2e-5)
     assert one.score(some, rivals=[replace(rival, drift=9.0)]) == whole
+
+
+def test_a_scorer_that_is_told_what_is_asked_asks_the_same_and_finds_nothing_itself(scorer, monkeypatch):
+    monkeypatch.setattr(forward, "find", None)
+    said = behaviour(scorer.session)
+    other = Scorer(scorer.session, scorer.directions, Recipe(), said, scorer.found.to_text())
+    assert other.found == scorer.found
+    assert other.untouched == scorer.untouched
+    with pytest.raises(RunFailed, match="other targets"):
+        Scorer(scorer.session, scorer.directions, Recipe(), behaviour(scorer.session, 3), scorer.found.to_text())

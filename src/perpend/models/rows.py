@@ -99,7 +99,9 @@ class Stack:
         """Return the edited output of the module for rows of `tokens` tokens, `[n, T, d]` or `[n · T, d]`."""
         z = _by_row(y, tokens)
         n = len(z)
-        z = torch.baddbmm(z, z @ self.read[:n].mT, self.write[:n], alpha=-1)
+        read = z @ self.read[:n].mT
+        own = not torch.is_grad_enabled() and z.dtype != y.dtype  # a copy, which may be written to
+        z = (z.baddbmm_ if own else z.baddbmm)(read, self.write[:n], alpha=-1)
         z = z if self.output_scale is None else z * self.output_scale[:n]
         return z.to(y.dtype).view(y.shape)
 

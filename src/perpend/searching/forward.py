@@ -34,7 +34,7 @@ from perpend.models.session import Session
 from perpend.progress import note
 from perpend.searching.candidate import Candidate
 from perpend.searching.objectives import Question, divergence, likelihoods
-from perpend.searching.openings import find
+from perpend.searching.openings import Found, find
 from perpend.searching.racing import hopeless
 from perpend.searching.sheets import Sheet, find_room, together
 from perpend.searching.study import ROUND, Outcome
@@ -56,7 +56,12 @@ class Scorer:
     """
 
     def __init__(
-        self, session: Session, directions: Mapping[int, Directions], recipe: Recipe, behaviour: Behaviour
+        self,
+        session: Session,
+        directions: Mapping[int, Directions],
+        recipe: Recipe,
+        behaviour: Behaviour,
+        questions: str | None = None,
     ) -> None:
         """Find out what the model may say, and measure the untouched model.
 
@@ -65,18 +70,22 @@ class Scorer:
             directions: The directions of each k.
             recipe: What is not searched, and how many prompts of each class are used.
             behaviour: What the model does by itself on the select split.
+            questions: What `found.to_text()` gave another scorer, so that both ask the same; found here by default.
 
         Raises:
-            RunFailed: no prompt is left on which the model does what its class says.
+            RunFailed: no prompt is left on which the model does what its class says, or the questions are not theirs.
         """
         self.session, self.directions, self.recipe = session, directions, recipe
         probe = Probe.of(behaviour, recipe.search.prompts)
         told = Sheet(session, probe.baselines, [[answer] for answer in probe.answers])
         self.room = find_room(told, recipe.search.batch)
-        self.found = find(session, directions, recipe, behaviour, probe, self.room)
-        questions = self.found.questions
+        if questions is None:
+            self.found = find(session, directions, recipe, behaviour, probe, self.room)
+        else:
+            self.found = Found.from_text(questions, probe.targets)
+        asked = self.found.questions
         self.sheets = {
-            "target": Sheet(session, [q.prompt for q in questions], [q.replies for q in questions]),
+            "target": Sheet(session, [q.prompt for q in asked], [q.replies for q in asked]),
             "baseline": told,
         }
         if self.room is not None:

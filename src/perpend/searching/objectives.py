@@ -102,6 +102,9 @@ def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]
     found = []
     for row in logits[:-1]:
         single = row.float()
-        kl = torch.where(weight > 0, weight * (base - single), 0).sum(-1) - whole + single.logsumexp(-1)
+        apart = torch.linalg.vecdot(weight, base - single)
+        if not bool(apart.isfinite().all()):  # words that the model rules out
+            apart = torch.where(weight > 0, weight * (base - single), 0).sum(-1)
+        kl = apart - whole + single.logsumexp(-1)
         found.append(torch.stack([kl[place.to(kl.device)].mean() for place in places]))
     return torch.stack(found) if found else base.new_zeros(0, len(places))

@@ -10,6 +10,7 @@ too.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,32 @@ class Found:
     layer: int
     complied: int
     openings: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """Return everything but the prompts, so that others ask the same."""
+        asked = [{"id": q.prompt.id, "refusals": q.refusals, "compliant": q.compliant} for q in self.questions]
+        return json.dumps({**vars(self), "questions": asked})
+
+    @classmethod
+    def from_text(cls, text: str, prompts: Sequence[Prompt]) -> Found:
+        """Read what `to_text` gave.
+
+        Args:
+            text: What it gave.
+            prompts: The targets, in the same order.
+
+        Raises:
+            RunFailed: other targets.
+        """
+        kept = json.loads(text)
+        asked = kept.pop("questions")
+        if [q["id"] for q in asked] != [p.id for p in prompts]:
+            raise RunFailed("the questions that were kept are about other targets")
+        questions = [
+            Question(p, *(tuple(tuple(r) for r in q[kind]) for kind in ("refusals", "compliant")))
+            for p, q in zip(prompts, asked, strict=True)
+        ]
+        return cls(**{**kept, "questions": tuple(questions), "openings": tuple(kept["openings"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return how the openings were found."""

@@ -79,7 +79,8 @@ class Site:
     def scorer(self) -> Scorer:
         """Scores candidates; the untouched model is measured when it is first asked for."""
         behaviour = self.base.behaviour(self.session, self.splits)
-        return Scorer(self.session, self.base.directions, self.recipe, behaviour)
+        questions = (self.ledger.base() or {}).get(QUESTIONS)  # found by the model, on the machine that leads
+        return Scorer(self.session, self.base.directions, self.recipe, behaviour, questions)
 
     @cached_property
     def plan(self) -> Plan:
@@ -101,32 +102,18 @@ class Site:
             raise UsageError(f"the study was begun with another {keys}", where=where, hint="another -o/--output")
         return made
 
-    @property
-    def questions(self) -> str:
-        """What the score asks, as a hash: refusals and openings are found by the model, on this machine."""
-        asked = [(q.prompt.id, q.replies) for q in self.scorer.found.questions]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
     def keep(self) -> None:
         """Store plan and base, so that others can begin."""
         self.ledger.keep(PLAN, describe(self.plan))
-        self.ledger.keep(QUESTIONS, self.questions)
-        self.ledger.keep_base(self.base.to_texts())
+        self.ledger.keep_base({**self.base.to_texts(), QUESTIONS: self.scorer.found.to_text()})
 
     def view(self) -> View:
         """Return the trials as they are now."""
         return self.ledger.view(self.plan.size, self.plan.batch)
 
     def work(self, stop: Callable[[], str | None], watch: Watch | None = None) -> str:
-        """Run trials until the search ends or `stop` says so; returns why.
-
-        Raises:
-            RunFailed: scores of this process would not be those of the others.
-        """
-        search, stored = self.recipe.search, self.ledger.settings().get(QUESTIONS)
-        if stored != self.questions:
-            told = "this machine finds other openings of replies than the one that began the search"
-            raise RunFailed(told, where=masked(self.ledger.where), hint="the same --device and --dtype on all machines")
+        """Run trials until the search ends or `stop` says so; returns why."""
+        search = self.recipe.search
         with self.ledger.alive():
             return work(
                 self.ledger,
