@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from perpend.errors import UsageError
 from perpend.models.orient import orient
-from perpend.models.sequence import TOKENS, Call, decoder_layers, hooked, in_memory, is_float, stream
+from perpend.models.sequence import TOKENS, Call, decoder_layers, hooked, is_float, stream
+from perpend.models.stand_in import in_memory
 
 TOLERANCE = 0.05
 """Relative remainder below which a gradient counts as a multiple of the one that was sent in; generous for bfloat16."""

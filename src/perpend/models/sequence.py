@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -228,39 +227,3 @@ def _sequence(modules: nn.ModuleList, calls: Mapping[int, list[Call]]) -> list[C
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b.to(a.device))
-
-
-def in_memory(model: nn.Module) -> nn.Module:
-    """Return the model itself, or for one on the meta device a float32 stand-in on the CPU with random weights.
-
-    An offloaded model is returned as it is, although its parameters are on the meta device between calls. In the
-    stand-in, parameters of one shape share their storage, and so do all experts of a tensor: whatever the depth of the
-    model, it takes the memory of one layer and the embeddings.
-    """
-    parameters = list(model.parameters())
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if not parameters or offloaded or any(p.device.type != "meta" for p in parameters):
-        return model
-    generator = torch.Generator().manual_seed(0)
-    made: dict[tuple[int, ...], Tensor] = {}
-
-    def random(like: Tensor) -> Tensor:
-        shape = tuple(like.shape)
-        if shape not in made:
-            noise = torch.randn(shape[-2:] if len(shape) == 3 else shape, generator=generator)
-            made[shape] = noise * shape[-1] ** -0.5 if len(shape) >= 2 else 1 + 0.2 * noise
-        return made[shape].expand(shape)
-
-    def plain(like: Tensor) -> Tensor:
-        if like.dim() >= 2 and like.shape[-1] == like.shape[-2]:  # a causal mask
-            return torch.ones(like.shape, dtype=like.dtype).tril()
-        return torch.ones(like.shape, dtype=like.dtype)
-
-    stand_in = deepcopy(model)
-    for module in stand_in.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(random(parameter), requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.device.type == "meta":
-                setattr(module, name, plain(buffer))
-    return stand_in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -191,10 +192,15 @@ def _passes(recipe: Recipe, fits: bool, measures: int, bakes: bool) -> int:
 
 
 def _rate(ref: ModelRef) -> float:
-    """Return the bytes per second at which a part of the model's files is read now."""
+    """Return the bytes per second at which a part of the model's files is read now, from the disk where that can be."""
     path = max(files(ref.resolve(fetch=False).path), key=lambda p: p.stat().st_size)
-    began, size = time.perf_counter(), min(path.stat().st_size, 64 << 20)
-    read_range(path, path.stat().st_size - size, path.stat().st_size)
+    end = path.stat().st_size
+    size = min(end, 64 << 20)
+    if hasattr(os, "posix_fadvise"):  # pages of the file that are in memory would be read from there
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), end - size, size, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    read_range(path, end - size, end)
     return max(1.0, size / max(1e-6, time.perf_counter() - began))
 
 
