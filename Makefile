@@ -40,6 +40,7 @@ fix: $(VENV)/.dev ## what can be put right by a program
 
 docs: $(VENV)/.dev ## the command-line reference, docs/cli.md, and docs/figures
 	$(BIN)/python docs/make_cli_reference.py
+	$(BIN)/python docs/make_architectures.py
 	$(BIN)/python docs/make_figures.py
 
 bench: $(VENV)/.dev ## start, export against cp and, with MODEL=DIR, fit and evaluation: bench/results
