@@ -174,7 +174,8 @@ class Planted:
 
 def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> tuple[int | str, Tensor]:
     """Return where among the arguments of a layer the residual is, and the residual `[R, T, d]`."""
-    for key, value in [*enumerate(args), *kwargs.items()]:
+    items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in items:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3 and value.shape[1] == tokens:
             return key, value
     raise UsageError("no residual among the arguments of a decoder layer", valid="[rows, tokens, d]")
@@ -307,7 +308,7 @@ def _stood_in(layer: nn.Module, tokens: int) -> Iterator[None]:
         return _stream(args, kwargs, tokens)[1]
 
     own = layer.__dict__.get("forward")
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
     try:
         yield
     finally:

@@ -167,6 +167,7 @@ class Scorer:
         left, rows = list(range(len(edits))), Rows.of(self.session, edits, self.room.at)
         odds, drift = ([list[float]() for _ in edits] for _ in range(2))
         dropped: dict[int, str] = {}
+        targets, baselines = self.prompts["target"], self.prompts["baseline"]
         for asked, told in zip_longest(self.sheets["target"].trees, self.sheets["baseline"].trees):
             with torch.no_grad():
                 if asked is not None:
@@ -175,7 +176,7 @@ class Scorer:
                 if told is not None:
                     _add(drift, left, together(told[1], rows, divergence, True))
             for k in left:
-                if why := hopeless(odds[k], drift[k], *self.prompts.values(), rivals):
+                if why := hopeless(odds[k], drift[k], targets, baselines, rivals):
                     dropped[k] = why
             if any(k in dropped for k in left):
                 places = [place for place, k in enumerate(left) if k not in dropped]
@@ -219,7 +220,7 @@ def log_odds(questions: Sequence[Question], found: Tensor) -> Tensor:
     Returns:
         `[R, N]` nats. Differentiable.
     """
-    each = found.split([len(question.replies) for question in questions], dim=1)
+    each = torch.split(found, [len(question.replies) for question in questions], dim=1)
     return torch.stack([q.log_odds(part) for q, part in zip(questions, each, strict=True)], dim=1)
 
 
@@ -229,8 +230,8 @@ def outcome(odds: Sequence[float], drift: Sequence[float], dropped: str | None =
         return Outcome(failed="the logits are not finite")
     costs = [max(0.0, x) for x in drift]
     (refusal, *reach), (cost, *spread) = bootstrap_mean(odds), bootstrap_mean(costs)
-    whole = {} if dropped else {"per_target": _short(odds), "per_baseline": _short(costs)}
-    return Outcome(refusal, cost, (reach[0], reach[1]), (spread[0], spread[1]), dropped, **whole)
+    found = Outcome(refusal, cost, (reach[0], reach[1]), (spread[0], spread[1]), dropped)
+    return found if dropped else replace(found, per_target=_short(odds), per_baseline=_short(costs))
 
 
 def _short(numbers: Sequence[float]) -> tuple[float, ...]:

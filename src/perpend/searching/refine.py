@@ -152,7 +152,7 @@ def descend(
     batches = work.batches(seed)
     for step in track(range(1, steps + 1), "refine"):
         optimiser.zero_grad()
-        work.loss(*next(batches), leash, smooth).backward()
+        torch.autograd.backward(work.loss(*next(batches), leash, smooth))
         optimiser.step()
         work.hold()
         if step % CHECKS == 0 or step == steps:
