@@ -16,6 +16,10 @@ RECIPE, PROMPTS, EDIT, REPLIES = "Recipe", "Prompts", "Direction and edit", "Rep
 SEARCH, ALLOW, MACHINE, OUTPUT = "Search", "Exceptions", "Machine", "Output"
 
 
+PATHS = ("--output", "--config", "--edit", "--offload-folder", "--chat-template")
+"""Options that name a file or a folder, which the shell completes by itself."""
+
+
 @dataclass(frozen=True)
 class Flag:
     """One option.
@@ -30,6 +34,7 @@ class Flag:
         value: What a switch writes to `key`.
         default: The default as shown in the help; the recipe's own.
         also: What is valid beside the names that the recipe lists.
+        listed: Names that the shell completes beside those that the recipe lists.
         metavar: What stands for the value in the help.
     """
 
@@ -43,11 +48,12 @@ class Flag:
     default: str = ""
     also: str = ""
     metavar: str | None = None
+    listed: tuple[str, ...] = ()
 
     def option(self) -> Any:
         """Return the option as typer takes it."""
         text = f"{self.help} \\[default: {self.default}]" if self.default else self.help
-        complete = self._completions if self.key and self.kind is not bool else None
+        complete = self._completions if self.kind is not bool and self.names[0] not in PATHS else None
         return typer.Option(
             *self.names,
             help=text,
@@ -58,9 +64,12 @@ class Flag:
         )
 
     def _completions(self, incomplete: str) -> list[str]:
-        from perpend.tasks.config import choices
+        from perpend.tasks.config import choices, completed_assignments
 
-        return [choice for choice in choices(self.key) if choice.startswith(incomplete)]
+        if self.names[0] == "--set":
+            return completed_assignments(incomplete)
+        listed = (*choices(self.key or self.machine, of_machine=bool(self.machine)), *self.listed)
+        return [choice for choice in listed if choice.startswith(incomplete)]
 
 
 FLAGS: dict[str, Flag] = {
@@ -84,6 +93,7 @@ FLAGS: dict[str, Flag] = {
         key="prompts.target",
         default="perpend:target",
         metavar="DATA",
+        listed=("perpend:target",),
     ),
     "baseline": Flag(
         ("--baseline",),
@@ -93,6 +103,7 @@ FLAGS: dict[str, Flag] = {
         key="prompts.baseline",
         default="perpend:baseline",
         metavar="DATA",
+        listed=("perpend:baseline",),
     ),
     "system": Flag(("--system",), str, "System prompt.", PROMPTS, key="prompts.system", metavar="TEXT"),
     "chat_template": Flag(
@@ -189,6 +200,7 @@ FLAGS: dict[str, Flag] = {
         key="eval.classifier",
         default="NousResearch/Minos-v1",
         metavar="NAME",
+        listed=("NousResearch/Minos-v1", "perpend:small", "none", "endpoint:"),
     ),
     "rounding": Flag(
         ("--for",),

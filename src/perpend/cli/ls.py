@@ -11,11 +11,22 @@ from perpend.cli import views
 from perpend.cli.options import LOOK, Request, command
 
 
+def _kinds(incomplete: str) -> list[str]:
+    from perpend.tasks.ls import LISTS
+
+    return [kind for kind in LISTS if kind.startswith(incomplete)]
+
+
 @command("ls", examples=("ls", "ls schedules --json"), panel=LOOK)
 def ls(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="KIND", help="methods, modes, rules, schedules, judges or prompts.", show_default=False),
+        typer.Argument(
+            metavar="KIND",
+            help="methods, modes, rules, schedules, judges or prompts.",
+            show_default=False,
+            autocompletion=_kinds,
+        ),
     ] = None,
     *,
     request: Request,

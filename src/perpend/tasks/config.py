@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from perpend.config import METHODS, MODES, RULES, Recipe, load, to_toml
+from perpend.config import METHODS, MODES, RULES, Machine, Recipe, keys, load, to_toml
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError
 from perpend.tasks.output import replace_text
@@ -149,13 +149,28 @@ def _comment(text: str) -> list[str]:
     return [f"# {line}" if line else "#" for line in text.splitlines()]
 
 
-def choices(key: str) -> tuple[str, ...]:
-    """Return the names that a key of the recipe accepts, empty when it is no matter of names."""
-    section: Any = Recipe
-    *path, leaf = key.split(".")
-    for part in path:
-        section = section.model_fields[part].annotation
-    return tuple(v for v in _literals(section.model_fields[leaf].annotation) if isinstance(v, str))
+def choices(key: str, *, of_machine: bool = False) -> tuple[str, ...]:
+    """Return the names that a key of the recipe, or of the machine, accepts; empty when it is no matter of names."""
+    kinds: list[Any] = [Machine if of_machine else Recipe]
+    for part in key.split("."):
+        sections = [section for kind in kinds for section in _sections(kind)]
+        kinds = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+    return tuple(dict.fromkeys(v for kind in kinds for v in _literals(kind) if isinstance(v, str)))
+
+
+def completed_assignments(incomplete: str) -> list[str]:
+    """Return the assignments `key=` or `key=value` that begin as typed, for a shell."""
+    key, sign, value = incomplete.partition("=")
+    if sign:
+        return [f"{key}={choice}" for choice in choices(key) if choice.startswith(value)]
+    return [f"{name}=" for name in keys(Recipe) if name.startswith(key)]
+
+
+def _sections(kind: Any) -> list[type[BaseModel]]:
+    """Return the sections that a kind of value can be: itself, or the members of a union."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [section for part in get_args(kind) for section in _sections(part)]
 
 
 def _literals(kind: Any) -> list[Any]:
