@@ -367,7 +367,8 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                gone = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")  # whatever its own class
+                module._parameters[name] = nn.Parameter(gone, requires_grad=False)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ from perpend.tasks.recipes import (
     require_written,
     write_recipe,
 )
-from perpend.tasks.setup import open_panel, open_session, open_splits, require_fitting
+from perpend.tasks.setup import as_stored, open_panel, open_session, open_splits, require_fitting
 from perpend.tasks.undo import Undone, take_back
 
 
@@ -96,7 +96,7 @@ def bake_and_prove(
     """Write the edited checkpoint with recipe and card; it gets its name only when it has passed the gate.
 
     Args:
-        session: The untouched model; of no use afterwards.
+        session: The untouched model; of no use afterwards. Of a quantised one the stored weights are read instead.
         edit: What to bake.
         output: Folder to make.
         recipe: What was asked.
@@ -109,6 +109,7 @@ def bake_and_prove(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     passed: list[Gate] = []
+    session, machine = as_stored(session, recipe, machine)
     asked = Asked(session, edit, recipe, machine, panel)
     seen = reference(asked, splits.select)
     with original(session, output) as source:

@@ -15,7 +15,7 @@ from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
 from perpend.models.anatomy import Anatomy
 from perpend.models.chat import read_template
-from perpend.models.load import Loaded, load_model
+from perpend.models.load import Loaded, load_model, release
 from perpend.models.session import Sampling, Session
 from perpend.progress import note
 from perpend.refs import ModelRef
@@ -56,6 +56,19 @@ def open_duet(model: str, recipe: Recipe, machine: Machine, edit: Path | None) -
     if chosen is not None:
         require_fitting(session, chosen)
     return Duet(session, chosen, lambda: open_panel(recipe, machine))
+
+
+def as_stored(session: Session, recipe: Recipe, machine: Machine) -> tuple[Session, Machine]:
+    """Return a session on the weights as they are stored, in which an export is made and proven.
+
+    A model that was quantised to measure is released and read again; every other session is returned as it is.
+    """
+    if machine.quantization == "none":
+        return session, machine
+    note("the export is made and proven on the weights as they are stored: the model is read again")
+    release(session.model)
+    machine = machine.model_copy(update={"quantization": "none"})
+    return open_session(str(session.loaded.ref), recipe, machine), machine
 
 
 def shipped(recipe: Recipe) -> list[str]:
