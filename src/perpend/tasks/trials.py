@@ -205,7 +205,8 @@ def patient() -> Iterator[list[int]]:
 
 def row(trial: Trial, plan: Plan) -> dict[str, Any]:
     """Return a trial as plain JSON values, readable without Optuna."""
-    outcome = {k: v for k, v in vars(trial.outcome).items() if v is not None} if trial.outcome else {}
+    told = vars(trial.outcome) if trial.outcome else {}
+    outcome = {k: v for k, v in told.items() if v is not None and not k.startswith("per_")}
     return {
         "slot": trial.slot,
         "generation": trial.slot // plan.size,
