@@ -15,6 +15,7 @@ from perpend.core.schedule import NormalKernel, PerLayer, Tent
 from perpend.errors import UsageError
 from perpend.forensics import pairs
 from perpend.forensics.examine import Examination, examine
+from perpend.forensics.spectrum import spacing
 
 KERNEL = NormalKernel(peak_weight=0.9, peak_layer=5.3, spread=2.0)
 
@@ -175,6 +176,20 @@ def test_a_merge_needs_its_other_parent(told, tmp_path):
     alone = examine(tmp_path / "before", tmp_path / "after").verdict
     assert alone.name == "fine-tune"
     assert any("--third" in ground for ground in alone.grounds)
+
+
+def test_the_average_of_two_fine_tunes_that_differ_by_a_few_rounding_steps_is_told(told):
+    one = suspects.base()
+    nudge = {name: 1.5 * spacing(tensor.double(), tensor.dtype).float() for name, tensor in one.items()}
+    g = torch.Generator().manual_seed(3)
+    other = {
+        name: (x.float() + nudge[name] * torch.randn(x.shape, generator=g)).bfloat16() if x.ndim == 2 else x
+        for name, x in one.items()
+    }
+    average = {name: (0.5 * one[name].float() + 0.5 * other[name].float()).bfloat16() for name in one}
+    found = told(one, average, other)
+    assert (found.verdict.name, found.verdict.confidence > 0.8) == ("interpolation", True)
+    assert float(found.verdict.detail.split()[0]) == pytest.approx(0.5, abs=0.01)
 
 
 def test_names_are_matched_from_the_layer_on_and_only_what_differs_is_read(told, monkeypatch):

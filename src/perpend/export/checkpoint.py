@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perpend.errors import UsageError
-from perpend.models.headers import REPAIR, TensorEntry, parse_json, read_header, read_range
+from perpend.models.headers import REPAIR, UNPICKLE, TensorEntry, parse_json, read_header, read_range
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,7 +99,7 @@ class Checkpoint:
 def _no_weights(path: Path) -> UsageError:
     names = sorted(p.name for p in path.iterdir())
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        return UsageError("only pickled weights, which are not read", where=str(path), valid=f"{SINGLE} or {INDEX}")
+        return UsageError("only pickled weights, which can run code and are not read", where=str(path), hint=UNPICKLE)
     if any(name.endswith(".gguf") for name in names):
         return UsageError("only GGUF weights", where=str(path), valid=f"{SINGLE} or {INDEX}")
     return UsageError("no weights", where=str(path), valid=f"{SINGLE} or {INDEX}")

@@ -293,8 +293,11 @@ def _distinct(groups: Tensor) -> float:
     return float(((some.diff(dim=-1) != 0).sum(-1) + 1).double().median())
 
 
-def along(before: Tensor, after: Tensor, third: Tensor) -> tuple[float, float]:
-    """Return α and cos² of W' - W = α (T - W): how far W' lies on the way from W to a third matrix."""
+def along(before: Tensor, after: Tensor, third: Tensor, sizes: Difference) -> tuple[float, float]:
+    """Return α of W' - W = α (T - W), how far W' lies on the way to a third matrix, and the share that it predicts.
+
+    The share is that of ‖W' - W‖² beyond rounding, which is allowed for in what is missed as well.
+    """
     dot = square = energy = 0.0
     for _, (w, new, other) in blocks(before, after, third):
         d, t = new - w, other - w
@@ -303,4 +306,7 @@ def along(before: Tensor, after: Tensor, third: Tensor) -> tuple[float, float]:
             square + float(t.square().sum()),
             energy + float(d.square().sum()),
         )
-    return (dot / square, dot * dot / (square * energy)) if square * energy else (0.0, 0.0)
+    if not square or not sizes.beyond:
+        return 0.0, 0.0
+    missed = max(0.0, energy - dot * dot / square - sizes.rounding)
+    return dot / square, max(0.0, 1 - missed / sizes.beyond)

@@ -45,7 +45,7 @@ class Change:
     quantised: tuple[str, float]
     """The format or dtype whose round trip predicts the other best, and the share that it predicts."""
     towards: tuple[float, float] | None
-    """α and cos² of the way to a third checkpoint, None without one."""
+    """α of the way to a third checkpoint and the share that it predicts, None without one."""
     ablation: Ablation | None = None
     left: Tensor = field(default_factory=lambda: torch.empty(0))
     """`[m]` float32 first left singular vector."""
@@ -142,7 +142,7 @@ def measure(
         singular=tuple(float(x) / max(sizes.size, 1e-300) for x in values),
         low_rank=min(1.0, counted / sizes.beyond) if sizes.beyond else 0.0,
         white=whiteness(float(values[0]), sizes.energy, bare.shape),
-        towards=accounts.along(before, after, third) if third is not None else None,
+        towards=accounts.along(before, after, third, sizes) if third is not None else None,
         left=left[0].float(),
     )
     return replace(bare, **_accounts(before, after, sizes, found, hidden))

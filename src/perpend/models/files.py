@@ -8,6 +8,7 @@ from typing import Any
 
 from perpend.errors import UsageError
 from perpend.models import gguf
+from perpend.models.headers import UNPICKLE
 from perpend.refs import Resolved
 
 
@@ -34,7 +35,7 @@ def check_files(source: Resolved, where: str) -> int:
     elif "model.safetensors.index.json" in files:
         shards = _index(source.path / "model.safetensors.index.json")
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in files):
-        raise UsageError("only pickled weights, which can run code and are not read", where=where, valid="safetensors")
+        raise UsageError("only pickled weights, which can run code and are not read", where=where, hint=UNPICKLE)
     else:
         raise UsageError("no weights", where=where, valid="model.safetensors, model.safetensors.index.json")
     return sum(_check_shard(source.path / shard, names) for shard, names in shards.items())

@@ -49,6 +49,7 @@ BITS = {
 """Bits per element of every dtype of the format."""
 
 REPAIR = "download the checkpoint again"
+UNPICKLE = "a revision with model.safetensors, or convert it where its maker's code may run: docs/security.md"
 
 
 @dataclass(frozen=True)
