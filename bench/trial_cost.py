@@ -74,10 +74,12 @@ def candidates(n: int, n_layers: int, first: int = 0) -> list[Candidate]:
     return found
 
 
-def made(session: Session, directions: Any, recipe: Recipe, behaviour: Behaviour, prompts: int, rows: int) -> Scorer:
+def made(
+    session: Session, directions: Any, recipe: Recipe, behaviour: Behaviour, prompts: int, rows: int, asked: str | None
+) -> Scorer:
     """Return a scorer on so many prompts of each class, with trees for so many rows."""
     search = recipe.search.model_copy(update={"prompts": prompts, "batch": rows})
-    return Scorer(session, directions, recipe.model_copy(update={"search": search}), behaviour)
+    return Scorer(session, directions, recipe.model_copy(update={"search": search}), behaviour, asked)
 
 
 def shared(scorer: Scorer) -> dict[str, int]:
@@ -133,9 +135,10 @@ def main() -> None:
     splits = load_splits(recipe.prompts)
     directions = {1: at_position(session, splits.fit, splits.select, recipe, -1, (None, {}))}
     behaviour = observe(session, splits.select)
-    n, rows = session.n_layers, []
+    n, rows, asked = session.n_layers, [], None
     for count in given.rows:
-        scorer = made(session, directions, recipe, behaviour, given.prompts, count)
+        scorer = made(session, directions, recipe, behaviour, given.prompts, count, asked)
+        asked = scorer.found.to_text()
         rows.append(row(scorer, count, 0, given.repeats))
         print(json.dumps(rows[-1]), flush=True)
     for first in (n // 4, n // 2, 3 * n // 4):
@@ -149,7 +152,7 @@ def main() -> None:
     }
     print(json.dumps(plain), flush=True)
     for prompts in (given.prompts // 4, given.prompts // 2):
-        rows.append(row(made(session, directions, recipe, behaviour, prompts, count), count, 0, given.repeats))
+        rows.append(row(made(session, directions, recipe, behaviour, prompts, count, None), count, 0, given.repeats))
         print(json.dumps(rows[-1]), flush=True)
     found = {
         "model": Path(given.organism).name,
