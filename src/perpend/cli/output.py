@@ -94,7 +94,7 @@ class Output:
 
     def note(self, message: str) -> None:
         """Tell one line on stderr, unless quiet."""
-        if self.style != "quiet":
+        if self.style != "quiet" and _first():
             _console(stderr=True).print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
     def error(self, error: BaseException) -> int:
@@ -118,7 +118,7 @@ class Output:
             if not self.verbose:
                 stack.enter_context(_others_silenced())
             reporter: Reporter
-            if self.style == "quiet":
+            if self.style == "quiet" or not _first():
                 reporter = reporters.Quiet()
             elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
                 reporter = self._live = stack.enter_context(reporters.live(_console(stderr=True)))
@@ -136,9 +136,16 @@ class Output:
             self._write("\n".join(line.rstrip() for line in text.splitlines()))
 
     def _write(self, text: str, end: str = "\n") -> None:
+        if not _first():
+            return
         with self._live.aside() if self._live else nullcontext():
             sys.stdout.write(text + end)
             sys.stdout.flush()
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that `torchrun` started, or the only one: it alone prints results."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def _console(*, stderr: bool) -> Console:
