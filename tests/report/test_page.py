@@ -87,6 +87,13 @@ def test_a_folder_without_a_report_is_one_line(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_dry_run_makes_the_page_and_does_not_write_it(made, tmp_path):
+    planned = write_report(made, output=tmp_path / "page.html", dry_run=True)
+    assert planned.dry_run
+    assert planned.bytes > 10_000
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_page_made_again_is_the_same(made, tmp_path):
     one = write_report(made, output=tmp_path / "one.html")
     assert (tmp_path / "one.html").read_text() == (made / "report.html").read_text()

@@ -75,7 +75,10 @@ def test_the_command_says_what_a_column_wise_adapter_leaves_out(
 
 def test_a_control_vector_moves_targets_to_where_baselines_lie(fitted: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
+    planned = perpend.vector(fitted, output=tmp_path / "v.gguf", dry_run=True)
+    assert names(tmp_path) == set()
     made = perpend.vector(fitted, output=tmp_path / "v.gguf")
+    assert (planned.layers, planned.norms) == (made.layers, made.norms)
     directions = Directions.load(fitted / "directions.safetensors")
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     assert reader.fields["general.architecture"].contents() == "controlvector"

@@ -22,10 +22,10 @@ File = Annotated[
 ]
 
 
-@command("report", examples=("report out", "report out -o page.html"), panel=MEASURE)
+@command("report", options=("dry_run",), examples=("report out", "report out -o page.html"), panel=MEASURE)
 def report(folder: Folder, output: File = None, *, request: Request) -> None:
     """Make report.html again from the report.json beside it.
 
     Nothing is measured. A front.json or bench.json in the folder is shown as well.
     """
-    request.out.result(perpend.write_report(folder, output=output), views.written)
+    request.out.result(perpend.write_report(folder, output=output, dry_run=request.dry_run), views.written)

@@ -22,7 +22,12 @@ Layers = Annotated[
 ]
 
 
-@command("vector", examples=("vector fit -o refusal.gguf", "vector fit -o refusal.gguf --layers 12-20"), panel=MAKE)
+@command(
+    "vector",
+    options=("dry_run",),
+    examples=("vector fit -o refusal.gguf", "vector fit -o refusal.gguf --layers 12-20"),
+    panel=MAKE,
+)
 def vector(source: Fit, output: File = None, layers: Layers = None, *, request: Request) -> None:
     """Make a control vector, for llama.cpp and unedited weights.
 
@@ -31,4 +36,4 @@ def vector(source: Fit, output: File = None, layers: Layers = None, *, request: 
     """
     if output is None:
         raise UsageError("no place for the result was given", where="--output", hint="-o refusal.gguf")
-    request.out.result(perpend.vector(source, output=output, layers=layers), views.vector)
+    request.out.result(perpend.vector(source, output=output, layers=layers, dry_run=request.dry_run), views.vector)

@@ -155,6 +155,19 @@ def _copy(source: Path, tensor: TensorInfo, file: BinaryIO) -> None:
         file.write(read_range(source, begin, min(begin + _CHUNK, tensor.begin + tensor.nbytes)))
 
 
+def require_absent(files: Sequence[Path]) -> list[Path]:
+    """Return what files are called until they are complete.
+
+    Raises:
+        UsageError: one of them is there already, under either name.
+    """
+    partial = [file.with_name(file.name + ".partial") for file in files]
+    for path in (*files, *partial):
+        if path.exists():
+            raise UsageError("already exists", where=str(path), hint="choose another -o/--output, or remove it")
+    return partial
+
+
 @contextmanager
 def appearing(files: Sequence[Path]) -> Iterator[list[Path]]:
     """Give a `.partial` file name for each file; rename all when the block ends well.
@@ -166,10 +179,7 @@ def appearing(files: Sequence[Path]) -> Iterator[list[Path]]:
     """
     from perpend.errors import GateFailed
 
-    partial = [file.with_name(file.name + ".partial") for file in files]
-    for path in (*files, *partial):
-        if path.exists():
-            raise UsageError("already exists", where=str(path), hint="choose another -o/--output, or remove it")
+    partial = require_absent(files)
     files[0].absolute().parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for path in partial:

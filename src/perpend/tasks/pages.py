@@ -28,10 +28,11 @@ class WrittenPage:
     task: str
     """Which task the result is of."""
     bytes: int
+    dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"output": self.output, "task": self.task, "bytes": self.bytes}
+        return dict(vars(self))
 
 
 def put(folder: Path, data: Mapping[str, Any]) -> None:
@@ -42,12 +43,13 @@ def put(folder: Path, data: Mapping[str, Any]) -> None:
     (folder / PAGE).write_text(page, encoding="utf-8")
 
 
-def write_report(folder: Path, *, output: Path | None = None) -> WrittenPage:
+def write_report(folder: Path, *, output: Path | None = None, dry_run: bool = False) -> WrittenPage:
     """Make the page of a result again, from the JSON that lies beside it; nothing is measured.
 
     Args:
         folder: What `run`, `fit`, `apply`, `eval`, `bench` or `demo` made.
         output: File to write; `report.html` in the folder by default, where an older one is replaced.
+        dry_run: Only make the page, and do not write it.
 
     Raises:
         UsageError: no such folder, no report in it, or a report that cannot be read.
@@ -63,8 +65,9 @@ def write_report(folder: Path, *, output: Path | None = None) -> WrittenPage:
     document = read(gathered(data[HELD[name]] if name in HELD else data, folder), str(folder / name))
     path = Path(output) if output is not None else folder / PAGE
     text = render(document)
-    replace_text(path, text)
-    return WrittenPage(str(path), document.task, len(text.encode()))
+    if not dry_run:
+        replace_text(path, text)
+    return WrittenPage(str(path), document.task, len(text.encode()), dry_run)
 
 
 def gathered(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from perpend import __version__
 from perpend.core.directions import Directions
 from perpend.errors import UsageError
 from perpend.export.control_vector import shifts, write_control_vector
-from perpend.export.gguf_file import appearing
+from perpend.export.gguf_file import appearing, require_absent
 from perpend.tasks.pages import REPORT
 from perpend.tasks.recipes import DIRECTIONS
 
@@ -26,19 +26,21 @@ class Vector:
     norms: tuple[float, ...]
     """Length of what each adds."""
     bytes: int
+    dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"task": "vector", **asdict(self), "layers": list(self.layers), "norms": list(self.norms)}
 
 
-def vector(source: str | Path, *, output: Path, layers: str | None = None) -> Vector:
+def vector(source: str | Path, *, output: Path, layers: str | None = None, dry_run: bool = False) -> Vector:
     """Write the control vector of a fit as a GGUF file for llama.cpp; no model is loaded.
 
     Args:
         source: What `fit` made: the folder, or its `directions.safetensors`.
         output: File to make.
         layers: `18` or `12-20`, counted from 0; by default the layer that the fit chose.
+        dry_run: Only say what would be written.
 
     Raises:
         UsageError: no directions there, layers that are not, or an output that exists.
@@ -51,10 +53,13 @@ def vector(source: str | Path, *, output: Path, layers: str | None = None) -> Ve
     directions = Directions.load(path)
     span = _span(layers) if layers is not None else _chosen(path.parent / REPORT, directions.n_layers)
     made = shifts(directions, span)
+    norms = tuple(round(float(v.norm()), 4) for v in made.values())
+    if dry_run:
+        require_absent([output])
+        return Vector(str(output), tuple(made), norms, 0, True)
     about = {"general.name": f"{output.stem}", "perpend.version": __version__, "perpend.method": directions.method}
     with appearing([output]) as (partial,):
         size = write_control_vector(partial, made, hint=_model(directions), about=about)
-    norms = tuple(round(float(v.norm()), 4) for v in made.values())
     return Vector(str(output), tuple(made), norms, size)
 
 
