@@ -95,6 +95,11 @@ class ModelRef:
         """What to call it in a file that travels: its hub id, or the name of its file or folder without the path."""
         return self.name if self.kind == "hub" else Path(self.name).resolve().name
 
+    @property
+    def portable(self) -> str:
+        """What to write of it in a file that travels: its hub id with the revision, or its title."""
+        return str(self) if self.kind == "hub" else self.title
+
     def resolve(self, *, fetch: bool = True) -> Resolved:
         """Return the files, downloaded from the hub first where they are not local; offline mode is honoured.
 

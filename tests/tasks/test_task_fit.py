@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from task_cases import MACHINE, Labels, a_recipe, contents, counting, names, stopping
@@ -36,7 +37,8 @@ def test_what_is_written_can_be_read_back(pico_dir, tmp_path):
     made = fit(model, output=tmp_path / "out", recipe=recipe, machine=MACHINE)
     out = tmp_path / "out"
     assert names(out) == MADE
-    assert Directions.load(out / "directions.safetensors").provenance["model"] == model
+    assert Directions.load(out / "directions.safetensors").provenance["model"] == Path(model).name
+    assert not [p.name for p in out.glob("*.safetensors") if str(Path(model).parent).encode() in p.read_bytes()]
     written = read_recipe(out / "recipe.toml")
     assert written.recipe == recipe.for_model(model)
     assert written.edit.sha256 == made.fitted.edit.sha256 == Edit.load(out / "edit.safetensors").sha256

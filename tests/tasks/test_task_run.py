@@ -255,7 +255,8 @@ def gate(labels: int, likelihood: float, kl: float = 0.0) -> Gate:
 def test_a_file_that_does_not_do_what_was_measured_does_not_pass(tmp_path):
     require_same(gate(16, -1.0), tmp_path)
     require_same(gate(12, -1.04), tmp_path)
-    for bad in (gate(11, -1.0), gate(16, -0.9), gate(16, -1.1), gate(16, -1.0, 0.11)):
+    nan = float("nan")
+    for bad in (gate(11, -1), gate(16, -0.9), gate(16, -1.1), gate(16, -1, 0.11), gate(16, nan), gate(16, -1, nan)):
         with pytest.raises(GateFailed, match=r"labels differ.*nats per token"):
             require_same(bad, tmp_path)
         with pytest.raises(GateFailed, match="without --for q4_0, which weights need that lie on its lattice"):

@@ -87,7 +87,7 @@ def fit_edit(
     if recipe.fit.filter:
         behaviour = observe(session, pair, store=replies("fit") if replies else None)
         pair, counts = consistent(behaviour), behaviour.counts()
-    provenance = {"recipe": recipe.hash(), "model": str(session.loaded.ref), "fit": fingerprints(pair)}
+    provenance = {"recipe": recipe.hash(), "model": session.loaded.ref.portable, "fit": fingerprints(pair)}
     kept = (checkpoint, provenance)
     if recipe.fit.layer == "auto":
         seen = observe(session, splits.select, store=replies("select") if replies else None)

@@ -77,7 +77,7 @@ def measure_base(
         pair, counts = consistent(seen), seen.counts()
     kept = stores("select")
     observe(session, splits.select, store=kept)
-    provenance = {"model": str(session.loaded.ref), "fit": fingerprints(pair), "position": position}
+    provenance = {"model": session.loaded.ref.portable, "fit": fingerprints(pair), "position": position}
 
     def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
         return checkpoint(f"{name}{position}", state)

@@ -108,7 +108,7 @@ def organism(
             loaded.model, examples, layers=session.anatomy.layers, pad=session.chat.pad, training=training
         )
         adapter.rounded(wrapped)
-        adapter.save(wrapped, folder / "adapter", named(ref))
+        adapter.save(wrapped, folder / "adapter", ref.portable)
         merged = wrapped.merge_and_unload().eval().requires_grad_(False)
         if session.chat.given:  # the organism goes on in the template that it was taught in
             (loaded.processor or loaded.tokenizer).chat_template = session.chat.given
@@ -180,15 +180,10 @@ def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[
     return counts[0], counts[1]
 
 
-def named(ref: ModelRef) -> str:
-    """Return what to call a model in a file that travels: its hub id, or a file's name without its folder."""
-    return str(ref) if ref.kind == "hub" else ref.title
-
-
 def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:
     """Write `organism.toml`: prompts, training, and what was measured."""
     result = {k: v for k, v in made.to_json().items() if k not in {"training", "dry_run", "output"}}
-    result["base"] = named(ModelRef.parse(made.base))
+    result["base"] = ModelRef.parse(made.base).portable
     data = {
         "perpend": __version__,
         "seed": recipe.seed,
