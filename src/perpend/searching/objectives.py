@@ -79,8 +79,7 @@ def likelihoods(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor
     owner = torch.repeat_interleave(torch.tensor([len(x) for x in tails])).to(logits.device)
     rows = []
     for row in logits:  # one row in float32 at a time
-        single = row.float()
-        found = single[place, token] - single.logsumexp(-1)[place]
+        found = row.log_softmax(-1, dtype=torch.float32)[place, token]
         rows.append(found.new_zeros(len(tails)).index_add(0, owner, found))
     return torch.stack(rows)
 
@@ -96,15 +95,14 @@ def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]
     Returns:
         `[R, n]` mean KL per token in nats, float32. Differentiable but in the last row.
     """
-    base = logits[-1].detach().float()
-    whole = base.logsumexp(-1)
-    weight = (base - whole[:, None]).exp()
+    base = logits[-1].detach().log_softmax(-1, dtype=torch.float32)
+    weight = base.exp()
+    own = torch.linalg.vecdot(weight, base)
     found = []
     for row in logits[:-1]:
-        single = row.float()
-        apart = torch.linalg.vecdot(weight, base - single)
-        if not bool(apart.isfinite().all()):  # words that the model rules out
-            apart = torch.where(weight > 0, weight * (base - single), 0).sum(-1)
-        kl = apart - whole + single.logsumexp(-1)
+        other = row.log_softmax(-1, dtype=torch.float32)
+        kl = own - torch.linalg.vecdot(weight, other)
+        if not bool(kl.isfinite().all()):  # words that the model rules out
+            kl = torch.where(weight > 0, weight * (base - other), 0).sum(-1)
         found.append(torch.stack([kl[place.to(kl.device)].mean() for place in places]))
     return torch.stack(found) if found else base.new_zeros(0, len(places))
