@@ -253,6 +253,8 @@ class Machine(_Section):
     """How several GPUs share a model that one cannot hold: auto, balanced, sequential, or a JSON file of modules."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Processes, started by torchrun, that share every matrix."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What answers the prompts of `eval`."""
     trust_remote_code: tuple[str, ...] = ()
     """Models, by hub id or directory, whose own Python code may run. No recipe can say so, since a recipe may come from
     elsewhere; a judge is covered only by its own name."""

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
+from perpend.cli.flags import MACHINE, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEFT adapter that vLLM answers with, as perpend adapter makes one.",
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=MACHINE,
+    ),
+]
 
 
 @command(
@@ -19,19 +34,32 @@ from perpend.cli.options import MEASURE, Model, Request, command
         *REPLY_FLAGS,
         "revision",
         "trust_remote_code",
+        "engine",
         *MACHINE_FLAGS,
     ),
-    examples=("eval ./model --limit 64", "eval google/gemma-3-4b-it --edit edit -o report --json"),
+    examples=(
+        "eval ./model --limit 64",
+        "eval google/gemma-3-4b-it --edit edit -o report --json",
+        "eval google/gemma-3-4b-it --engine vllm --adapter adapter",
+    ),
     panel=MEASURE,
 )
-def evaluate(model: Model = None, *, request: Request) -> None:
+def evaluate(model: Model = None, adapter: Adapter = None, *, request: Request) -> None:
     """Measure acceptance, with intervals, and drift.
 
     With --edit the model is measured before and after; without, as it is. Uses the report split, which nothing is
     chosen on.
+
+    With --engine vllm, vLLM answers the prompts of an exported directory, or of a model with --adapter.
     """
     output, edit, recipe = request.optional_output, request.edit, request.recipe(model)
     result = perpend.eval(
-        recipe.model.id, edit=edit, output=output, recipe=recipe, machine=request.machine(), dry_run=request.dry_run
+        recipe.model.id,
+        edit=edit,
+        output=output,
+        recipe=recipe,
+        machine=request.machine(),
+        adapter=adapter,
+        dry_run=request.dry_run,
     )
     request.out.result(result, views.evaluation)

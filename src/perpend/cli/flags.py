@@ -318,6 +318,15 @@ FLAGS: dict[str, Flag] = {
         default="1",
         metavar="N",
     ),
+    "engine": Flag(
+        ("--engine",),
+        str,
+        "What answers the prompts: transformers, vllm.",
+        MACHINE,
+        machine="engine",
+        default="transformers",
+        metavar="NAME",
+    ),
     "edit": Flag(("--edit", "-e"), Path, "Edit made by `perpend fit`.", EDIT, metavar="FILE"),
     "search": Flag(("--search",), bool, "Search for the edit, as perpend search does.", SEARCH),
     "trials": Flag(

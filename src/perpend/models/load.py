@@ -404,6 +404,30 @@ def skeleton(source: Resolved, ref: ModelRef | str, machine: Machine | None = No
         return _meta(config, source, str(ref), common["trust_remote_code"])
 
 
+def unloaded(ref: ModelRef, machine: Machine) -> Loaded:
+    """Return a model without its weights, with its tokenizer, for an engine that loads the weights itself.
+
+    Raises:
+        UsageError: the reference or the files cannot be used, or a GGUF file.
+    """
+    import transformers
+
+    hf: Any = transformers
+    source, where = ref.resolve(), str(ref)
+    if source.gguf_file:
+        raise UsageError(
+            "a GGUF file cannot be handed to another engine", where=where, valid="a safetensors checkpoint"
+        )
+    check_files(source, where)
+    model: Any = skeleton(source, ref, machine)
+    with silenced():
+        tokenizer = _attempt(where, hf.AutoTokenizer.from_pretrained, source.path, **_common(source, ref, machine))
+        if (source.path / "generation_config.json").is_file():
+            model.generation_config = _attempt(where, hf.GenerationConfig.from_pretrained, source.path)
+    tokenizer.padding_side = "left"
+    return Loaded(model, tokenizer, None, source, model.dtype, ref)
+
+
 def _meta(config: Any, source: Resolved, where: str, trust: bool) -> nn.Module:
     import transformers
 

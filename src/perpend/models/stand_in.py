@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -36,7 +37,7 @@ def in_memory(model: nn.Module) -> nn.Module:
             if buffer.device.type == "meta":
                 setattr(module, name, _plain(buffer))
         if type(module) is nn.Linear:
-            module.forward = weights.thin(module)  # type: ignore[method-assign]
+            module.forward = weights.thin(module)  # type: ignore[method-assign,assignment]
     return stand_in
 
 
@@ -61,7 +62,8 @@ class _Weights:
     def windows(self, like: Tensor) -> Tensor:
         """Return a matrix whose row i is a random vector from its entry i on: `[n, m]` in n + m numbers."""
         rows, columns = like.shape
-        return (self._noise(rows + columns) * columns**-0.5).as_strided((rows, columns), (1, 1))
+        vector = self._noise(rows + columns) / math.sqrt(columns)
+        return vector.as_strided((rows, columns), (1, 1))
 
     def thin(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         """Return a linear map of the module's shape through `RANK` channels, with the module's bias."""
@@ -69,7 +71,7 @@ class _Weights:
         up, bias = self._noise(RANK, module.out_features) * RANK**-0.5, module.bias
 
         def forward(entering: Tensor) -> Tensor:
-            found = entering @ down.to(entering) @ up.to(entering)
+            found: Tensor = entering @ down.to(entering) @ up.to(entering)
             return found if bias is None else found + bias.to(found)
 
         return forward

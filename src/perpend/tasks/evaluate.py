@@ -11,8 +11,10 @@ from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.drift import Drift
+from perpend.errors import UsageError
 from perpend.judges.panel import Comparison
 from perpend.models.parallel import shared
+from perpend.models.vllm import VllmSession, require_vllm
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -23,7 +25,7 @@ from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import find_edit
 from perpend.tasks.report import Report, report
-from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, require_fitting
+from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, open_vllm, require_fitting
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,23 @@ def listed(measured: Measured) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def _require_engine(machine: Machine, edit: Path | None, adapter: Path | None) -> None:
+    """Refuse what an engine cannot do.
+
+    Raises:
+        UsageError: an edit with vLLM, whose modules no hook reaches, or an adapter without it.
+        MissingExtra: vLLM is not installed.
+    """
+    if machine.engine != "vllm":
+        if adapter is not None:
+            raise UsageError("is for vLLM", where="--adapter", valid="--edit EDIT", hint="--engine vllm")
+        return
+    if edit is not None:
+        hint = "perpend adapter MODEL --edit EDIT -o adapter, then --adapter adapter"
+        raise UsageError("no hook reaches vLLM", where="--edit", valid="an exported directory, --adapter", hint=hint)
+    require_vllm()
+
+
 def eval(
     model: str,
     *,
@@ -86,6 +105,7 @@ def eval(
     edit: Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
+    adapter: Path | None = None,
     dry_run: bool = False,
 ) -> Evaluation:
     """Judge the replies of a model on the report split; with an edit, before and after on the same prompts.
@@ -96,7 +116,8 @@ def eval(
             an interrupted evaluation can go on.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
         recipe: Prompts, length of replies, judges.
-        machine: How to run it.
+        machine: How to run it; with `engine="vllm"`, vLLM answers the prompts, of the model or with `adapter`.
+        adapter: Folder of a PEFT adapter that vLLM answers with.
         dry_run: Only say what would be read.
 
     Raises:
@@ -110,6 +131,7 @@ def eval(
         require_free(out)
         require_no_partial(out)
     ModelRef.parse(model)
+    _require_engine(machine, edit, adapter)
     chosen = find_edit(Path(edit)) if edit is not None else None
     splits = open_splits(recipe)
     pair = splits.report
@@ -121,7 +143,9 @@ def eval(
         return replace(empty, forecast=asked)
 
     def work(stores: Any) -> Evaluation:
-        panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
+        panel = open_panel(recipe, machine)
+        outside = machine.engine == "vllm"
+        session = open_vllm(model, recipe, machine, adapter) if outside else open_session(model, recipe, machine)
         if chosen is not None:
             require_fitting(session, chosen)
         if chosen is None:
@@ -130,11 +154,14 @@ def eval(
             seen = report(session, chosen, pair, recipe, panel, stores=stores)
             made = replace(empty, before=seen.before, report=seen, edit=edit_facts(chosen, session.anatomy))
         facts = about("eval", session, recipe, machine) | {"peak_memory": peak_memory()}
+        if isinstance(session, VllmSession):
+            facts["machine"]["engine"] = f"vllm {session.version}"
         return replace(made, about=facts, seconds=round(time.monotonic() - started, 1))
 
     if out is None:
         return work(lambda name: {})
     key = journal_key("eval", model, recipe, machine, splits) | {"edit": chosen.sha256 if chosen else None}
+    key |= {"engine": machine.engine, "adapter": str(adapter)} if machine.engine != "transformers" else {}
     with shared(out) as place, journal(place, key, "the same command again") as kept:
         made = work(kept.replies)
         with appearing(place) as folder:

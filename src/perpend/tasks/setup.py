@@ -15,8 +15,9 @@ from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
 from perpend.models.anatomy import Anatomy
 from perpend.models.chat import read_template
-from perpend.models.load import Loaded, load_model, release
+from perpend.models.load import Loaded, load_model, release, unloaded
 from perpend.models.session import Sampling, Session
+from perpend.models.vllm import VllmSession
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.serving.duet import Duet
@@ -33,6 +34,17 @@ def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
         read_template(recipe.prompts.chat_template)
     loaded = load_model(ModelRef.parse(model), machine)
     return as_asked(loaded, recipe, machine)
+
+
+def open_vllm(model: str, recipe: Recipe, machine: Machine, adapter: Path | None) -> VllmSession:
+    """Open a model in vLLM, with an adapter where there is one.
+
+    Raises:
+        UsageError: the model or the adapter cannot be read.
+        MissingExtra: vLLM is not installed.
+    """
+    prompts, loaded = recipe.prompts, unloaded(ModelRef.parse(model), machine)
+    return VllmSession(loaded, machine, adapter=adapter, system=prompts.system, chat_template=prompts.chat_template)
 
 
 def as_asked(loaded: Loaded, recipe: Recipe, machine: Machine) -> Session:
