@@ -14,7 +14,7 @@ import pico
 from perpend import drift
 from perpend.config import Machine, Recipe
 from perpend.core.schedule import Band, Constant
-from perpend.errors import RunFailed
+from perpend.errors import RunFailed, UsageError
 from perpend.fitting.layers import Probe
 from perpend.models.load import load_model
 from perpend.models.session import Session
@@ -159,18 +159,26 @@ def test_out_of_memory_halves_the_rows_and_then_the_batches_and_the_score_stays(
     scorer.session.budget = before
 
 
-def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_and_the_others_stay_what_they_are(pico_dir):
-    session = Session(load_model(pico_dir("llama")), Machine(device="cpu"))
-    session.budget = replace(session.budget, forward=64 * 8)  # trees of two or three prompts
-    one = Scorer(session, directions(session), Recipe(), behaviour(session, 24))
-    assert len(one.sheets["target"].trees) > 4
+def small(folder, tokens: int) -> Scorer:
+    """A scorer on 24 prompts whose trees hold so many tokens."""
+    session = Session(load_model(folder), Machine(device="cpu"))
+    session.budget = replace(session.budget, forward=tokens * 8)
+    return Scorer(session, directions(session), Recipe(), behaviour(session, 24))
+
+
+def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_whatever_the_batches_are(pico_dir):
+    one, other = small(pico_dir("llama"), 64), small(pico_dir("llama"), 200)
+    assert len(one.sheets["target"].trees) >= 2 * len(other.sheets["target"].trees)
     some = [candidate(w) for w in (0.0, 0.3, 0.02, 0.4, 0.1)]
     whole = one.score(some)
     target = max(whole, key=lambda o: -1 if o.dropped else o.drift)
-    rival = replace(whole[0], drift=0.0, refusal=target.refusal - 9, per_target=tuple(x - 9 for x in target.per_target))
-    raced = one.score(some, rivals=[rival])
-    assert any(o.dropped and "cannot reach" in o.dropped for o in raced)
-    for found, true in zip(raced, whole, strict=True):
+    lower = tuple(x - 9 for x in target.per_target)
+    rival = replace(whole[0], drift=0.0, refusal=target.refusal - 9, per_target=lower)
+    raced, again = (s.score(some, rivals=[rival]) for s in (one, other))
+    assert any(o.dropped and "after 12 of 24" in o.dropped for o in raced)
+    for found, twin, true in zip(raced, again, whole, strict=True):
+        assert found.dropped == twin.dropped
+        assert (found.refusal, found.drift) == pytest.approx((twin.refusal, twin.drift), abs=2e-5)
         if found.dropped and "cannot reach" in found.dropped:
             assert true.refusal >= rival.refusal
             assert true.drift >= rival.drift
@@ -178,6 +186,24 @@ def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_and_the_others
         else:
             assert (found.refusal, found.drift) == pytest.approx((true.refusal, true.drift), abs=2e-5)
     assert one.score(some, rivals=[replace(rival, drift=9.0)]) == whole
+
+
+def test_what_fails_in_a_batch_fails_alone(scorer, monkeypatch):
+    some = [candidate(0.1), candidate(0.2)]
+    whole, before = scorer.score(some), Scorer._alone
+
+    def failing(self, edits, rivals):
+        raise UsageError("column mode needs plain weights")
+
+    def alone_but_first(self, edit):
+        first = next(iter(edit.modules.values())).weight == 0.1
+        return forward.Outcome(failed="this one") if first else before(self, edit)
+
+    monkeypatch.setattr(Scorer, "_together", failing)
+    monkeypatch.setattr(Scorer, "_alone", alone_but_first)
+    first, second = scorer.score(some)
+    assert first.failed == "this one"
+    assert (second.refusal, second.drift) == pytest.approx((whole[1].refusal, whole[1].drift), abs=1e-4)
 
 
 def test_a_scorer_that_is_told_what_is_asked_asks_the_same_and_finds_nothing_itself(scorer, monkeypatch):

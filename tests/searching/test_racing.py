@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 
-from perpend.searching.racing import hopeless, least_mean
+from perpend.searching.racing import LOOK, Race, hopeless, least_mean
 from perpend.searching.study import Outcome
 
 RIVAL = Outcome(1.0, 0.05, per_target=(1.0,) * 20)
@@ -34,3 +34,25 @@ def test_only_what_is_worse_in_both_numbers_is_dropped():
 def test_ruin_is_known_as_soon_as_the_sum_is_large_enough():
     assert "ruined" in hopeless([], [6.0, 5.0], 20, 20, [])
     assert hopeless([], [6.0, 3.0], 20, 20, []) is None
+
+
+def test_what_is_not_finite_leaves_and_has_failed():
+    for bad in (float("nan"), float("inf")):
+        assert "not finite" in hopeless([bad] * 10, [0.1] * 10, 20, 20, [RIVAL])
+        assert "not finite" in hopeless([1.0] * 10, [bad] * 10, 20, 20, [RIVAL])
+
+
+def test_looks_come_at_fixed_numbers_of_prompts_whatever_came_together():
+    odds, drift = [3.0 + 0.01 * k for k in range(48)], [0.2] * 48
+    found = []
+    for step in (1, 5, 13, 48):
+        race = Race(2, 48, 48, [Outcome(1.0, 0.04, per_target=(1.0,) * 48)])
+        for first in range(0, 48, step):
+            part = odds[first : first + step]
+            race.add(race.odds, [[0.0] * len(part), part][: len(race.left)])
+            race.add(race.drift, [drift[first : first + step]] * len(race.left))
+            race.look()
+        found.append((race.left, race.dropped, race.odds[1], race.drift[1]))
+    assert all(f == found[0] for f in found)
+    assert found[0][0] == (0,)
+    assert found[0][2] == odds[:LOOK]

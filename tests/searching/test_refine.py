@@ -52,6 +52,13 @@ def test_a_leash_shorter_than_the_drift_of_the_start_pulls_it_back(scorer):
     assert found.start.drift > 1e-3 >= found.outcome.drift
 
 
+def test_a_start_at_the_end_of_the_leash_is_returned_unless_refusal_falls(scorer):
+    (start,) = scorer.score([START])
+    for leash in (round(start.drift, 5), start.drift - 5e-6):
+        found = descend(scorer.session, scorer, START, steps=5, max_drift=leash)
+        assert found.outcome.refusal <= start.refusal
+
+
 def test_the_gradient_is_that_of_the_objective(scorer):
     work = _Descent(scorer.session, scorer, START, 1.2, False)
     loss = work.loss([0], [0], 0.01, 0.5)

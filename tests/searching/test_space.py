@@ -116,3 +116,11 @@ def test_the_choice_follows_the_rule_and_is_never_the_fewest_refusals_whatever_t
 def test_points_spread_out_keep_both_ends():
     assert spread_out([1, 2, 3, 4, 5], 3) == [1, 3, 5]
     assert spread_out([1, 2], 5) == [1, 2]
+
+
+def test_weights_that_are_quantised_are_edited_in_plain_mode_alone():
+    space = Space.of(Recipe(), 12, post_norms=False, packed=True)
+    asked = [p for g in range(3) for p in space.ask(0, g, 16, [])]
+    assert {space.candidate(p.params).mode for p in asked} == {"plain"}
+    seen = [Seen(p.params, (1.0 - k / 100, 0.1)) for k, p in enumerate(asked[:16])]
+    assert {space.candidate(p.params).mode for p in space.ask(0, 1, 16, seen)} == {"plain"}

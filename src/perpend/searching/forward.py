@@ -35,7 +35,7 @@ from perpend.progress import note
 from perpend.searching.candidate import Candidate
 from perpend.searching.objectives import Question, divergence, likelihoods
 from perpend.searching.openings import Found, find
-from perpend.searching.racing import hopeless
+from perpend.searching.racing import Race
 from perpend.searching.sheets import Sheet, find_room, together
 from perpend.searching.study import ROUND, Outcome
 
@@ -150,41 +150,33 @@ class Scorer:
             try:
                 done += self._together(some, rivals)
             except Exception as error:
-                if not out_of_memory(error):
-                    done += [Outcome(failed=reason(error))] * len(some)
-                elif len(some) > 1:
+                if out_of_memory(error) and len(some) > 1:
                     rows = len(some) // 2
                     note(f"out of memory with {len(some)} candidates: going on with {rows}")
                     _collect()
-                else:
-                    done.append(self._alone(some[0]))
+                else:  # one of them, or the batch: each shows by itself
+                    done += [self._alone(edit) for edit in some]
         return done
 
     def _together(self, edits: Sequence[Edit], rivals: Sequence[Outcome]) -> list[Outcome]:
         """Score edits in the rows of a batch; those that are dropped leave it."""
         if self.room is None:
             raise RunFailed("the edits of this model do not go together")
-        left, rows = list(range(len(edits))), Rows.of(self.session, edits, self.room.at)
-        odds, drift = ([list[float]() for _ in edits] for _ in range(2))
-        dropped: dict[int, str] = {}
-        targets, baselines = self.prompts["target"], self.prompts["baseline"]
+        race = Race(len(edits), self.prompts["target"], self.prompts["baseline"], rivals)
+        rows = Rows.of(self.session, edits, self.room.at)
         for asked, told in zip_longest(self.sheets["target"].trees, self.sheets["baseline"].trees):
             with torch.no_grad():
                 if asked is not None:
                     found = log_odds(self.questions(asked[0]), together(asked[1], rows, likelihoods, False))
-                    _add(odds, left, found)
+                    race.add(race.odds, found.tolist())
                 if told is not None:
-                    _add(drift, left, together(told[1], rows, divergence, True))
-            for k in left:
-                if why := hopeless(odds[k], drift[k], targets, baselines, rivals):
-                    dropped[k] = why
-            if any(k in dropped for k in left):
-                places = [place for place, k in enumerate(left) if k not in dropped]
-                left = [left[place] for place in places]
-                if not left:
+                    race.add(race.drift, together(told[1], rows, divergence, True).tolist())
+            before = race.left
+            if race.look() != before:
+                if not race.left:
                     break
-                rows = rows.keep(places)
-        return [outcome(a, b, dropped.get(k)) for k, (a, b) in enumerate(zip(odds, drift, strict=True))]
+                rows = rows.keep([before.index(k) for k in race.left])
+        return [outcome(race.odds[k], race.drift[k], race.dropped.get(k)) for k in range(len(edits))]
 
     # -------------------------------------------------------------------------------------------------- one edit
 
@@ -236,11 +228,6 @@ def outcome(odds: Sequence[float], drift: Sequence[float], dropped: str | None =
 
 def _short(numbers: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(x, ROUND) for x in numbers)
-
-
-def _add(lists: Sequence[list[float]], places: Sequence[int], found: Tensor) -> None:
-    for place, row in zip(places, found.tolist(), strict=True):
-        lists[place] += row
 
 
 def reason(error: Exception) -> str:

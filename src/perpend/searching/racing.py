@@ -8,7 +8,9 @@ prompts, of which a part has been read:
   of n differences read, the mean of the N - n others lies above m - z s √(1/n + 1/(N - n)) with the stated confidence,
   if differences are about normal; that bound and what has been read give one of the mean over all N.
 
-Racing never changes what is on the front but with the probability that is left, 0.1 % for every look.
+Racing never changes what is on the front but with the probability that is left, 0.1 % for every look. There is a look
+after every `LOOK` prompts of each class, at exactly those, however prompts lie in batches: workers with more or less
+memory drop the same candidates with the same numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from perpend.searching.study import Outcome
 
 Z = 3.09
 """One-sided 99.9 % quantile of the normal distribution."""
+LOOK = 12
+"""Prompts of each class between two looks."""
 FEWEST = 8
 """Differences that are needed for a standard deviation to be believed."""
 
@@ -50,6 +54,8 @@ def hopeless(
         baselines: Baselines in all.
         rivals: What lies on the front, with its numbers for every prompt.
     """
+    if not all(map(math.isfinite, [*odds, *drift])):
+        return "the logits are not finite"
     spent = sum(max(0.0, x) for x in drift) / baselines
     if spent > RUIN:
         return f"drift {spent:.2f} nats per token or more: ruined"
@@ -63,3 +69,40 @@ def hopeless(
                 f"{rival.drift:.3f} (99.9 % confidence)"
             )
     return None
+
+
+class Race:
+    """Candidates that are scored together, and what of them has been read.
+
+    Attributes:
+        odds: For each candidate, log-odds of refusing the targets so far.
+        drift: Likewise, drift on the baselines.
+        left: Candidates that have not been dropped, ascending.
+        dropped: Why the others were.
+    """
+
+    def __init__(self, n: int, targets: int, baselines: int, rivals: Sequence[Outcome]) -> None:
+        """Begin with n candidates and nothing read; `rivals` lie on the front."""
+        self.odds: list[list[float]] = [[] for _ in range(n)]
+        self.drift: list[list[float]] = [[] for _ in range(n)]
+        self.left, self.dropped = tuple(range(n)), dict[int, str]()
+        self._targets, self._baselines, self._rivals, self._read = targets, baselines, rivals, 0
+
+    def add(self, lists: list[list[float]], found: Sequence[Sequence[float]]) -> None:
+        """Add numbers of further prompts, one list for each candidate that is left."""
+        for k, numbers in zip(self.left, found, strict=True):
+            lists[k] += numbers
+
+    def look(self) -> tuple[int, ...]:
+        """Drop what cannot reach the front any more, as soon as enough has been read; returns what is left."""
+        while self.left and (n := self._read + LOOK) < max(self._targets, self._baselines):
+            k = self.left[0]
+            if len(self.odds[k]) < min(n, self._targets) or len(self.drift[k]) < min(n, self._baselines):
+                break
+            self._read = n
+            for k in self.left:
+                odds, drift = self.odds[k][:n], self.drift[k][:n]
+                if why := hopeless(odds, drift, self._targets, self._baselines, self._rivals):
+                    self.dropped[k], self.odds[k], self.drift[k] = why, odds, drift
+            self.left = tuple(k for k in self.left if k not in self.dropped)
+        return self.left

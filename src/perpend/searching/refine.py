@@ -50,6 +50,8 @@ PULL = 10.0
 """What twice the drift of the leash costs, in nats of refusal."""
 TURN = 0.1
 """Rate of the direction, as a share of that of λ."""
+SLACK = 1e-4
+"""Drift, in nats per token, by which two scores of one candidate may differ: a leash is often a stored score."""
 DIGITS = 3
 """Decimal places of λ in what is returned."""
 
@@ -161,7 +163,7 @@ def descend(
             history.append(found)
             if not found.failed and not found.dropped:
                 best.append((found, made, directions))
-    within = [item for item in best if item[0].drift <= max(leash, 0.0)] or best[:1]
+    within = [item for item in best if item[0].drift <= leash + SLACK] or best[:1]
     outcome, chosen, directions = min(within, key=lambda item: item[0].refusal)
     return Refined(chosen, outcome, start, directions, tuple(history))
 

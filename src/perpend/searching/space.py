@@ -73,8 +73,14 @@ class Space:
     """Fields of a candidate that the recipe decides."""
 
     @classmethod
-    def of(cls, recipe: Recipe, n_layers: int, *, post_norms: bool) -> Space:
+    def of(cls, recipe: Recipe, n_layers: int, *, post_norms: bool, packed: bool = False) -> Space:
         """Return what is left open by a recipe: what it says other than by default is kept and not searched.
+
+        Args:
+            recipe: What is searched.
+            n_layers: Layers of the model.
+            post_norms: Whether a norm follows some writer.
+            packed: Whether weights are quantised in memory, so that only plain mode can be tried.
 
         Raises:
             UsageError: the iterative strategy, or a layer outside the model.
@@ -95,7 +101,7 @@ class Space:
             fixed["mode"] = recipe.edit.mode
             fixed["through_post_norm"] = recipe.edit.through_post_norm
         fixed |= {p: getattr(recipe.edit, p) for p in ("attention", "mlp") if getattr(recipe.edit, p) != NormalKernel()}
-        modes = ("plain", "column", POST_NORM) if post_norms else ("plain", "column")
+        modes = ("plain", *(() if packed else ("column",)), *((POST_NORM,) if post_norms else ()))
         return cls(n_layers, modes, recipe.search.max_rank, fixed)
 
     @property
@@ -208,7 +214,7 @@ class Space:
         for name, range_ in self.distributions.items():
             value = params[name]
             if hasattr(range_, "choices"):
-                found[name] = value
+                found[name] = value if value in range_.choices else range_.choices[0]
             else:
                 value = min(max(value, range_.low), range_.high)  # type: ignore[attr-defined]
                 found[name] = round(float(value), DIGITS) if isinstance(range_.low, float) else value  # type: ignore[attr-defined]

@@ -91,7 +91,8 @@ class Site:
         """
         search = self.recipe.search
         norms = any(writer.post_norm is not None for writer in self.session.anatomy.writers)
-        space = Space.of(self.recipe, self.session.n_layers, post_norms=norms)
+        packed = any(not w.weight(self.session.model).is_floating_point() for w in self.session.anatomy.writers)
+        space = Space.of(self.recipe, self.session.n_layers, post_norms=norms, packed=packed)
         stored = self.ledger.settings().get(PLAN)
         untouched = stored["untouched"] if stored else (round(self.scorer.untouched.refusal, ROUND), 0.0)
         made = Plan(space, self.recipe.seed, search.generation, search.batch, (untouched[0], untouched[1]))
