@@ -84,3 +84,11 @@ def test_a_recipe_runs_on_a_small_model(cli, pico_dir, tmp_path, monkeypatch, na
     recipe: Recipe = load(made / "recipe.toml")
     asked = load(ROOT / "examples" / "recipes" / f"{name}.toml")
     assert (recipe.edit.attention, recipe.prompts.target) == (asked.edit.attention, asked.prompts.target)
+
+
+def test_links_lead_somewhere_and_the_index_names_every_page():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == [], page.name
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["README.md"]
