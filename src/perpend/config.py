@@ -176,7 +176,7 @@ class SearchSection(_Section):
     max_rank: int = Field(default=2, ge=1)
     """Most directions per module (k) that are tried."""
     refine: int = Field(default=20, ge=0)
-    """Gradient steps from the best candidate, which is taken only where replies confirm it; 0 for none."""
+    """Gradient steps from the best candidate, which is taken only where held-out replies confirm it; 0 for none."""
     survivors: int = Field(default=8, ge=2)
     """Candidates of the front that generate shortly, so that the score is checked."""
     finalists: int = Field(default=4, ge=1)

@@ -138,6 +138,9 @@ def test_a_server_that_is_not_there_is_one_line_without_the_password():
     assert "secret" not in str(told.value)
     assert "me:***@127.0.0.1" in str(told.value)
     assert masked("study.log") == "study.log"
+    told = masked("postgresql://me@db.example/trials?password=secret&sslmode=require")
+    assert "secret" not in told
+    assert "sslmode=require" in told
 
 
 def test_a_missing_driver_is_named(monkeypatch):

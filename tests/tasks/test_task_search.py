@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from task_cases import MACHINE, Labels, a_recipe, names
 
 import perpend.fitting.behaviour
 import perpend.tasks.finalists as finalists
 from perpend.cli.main import main
-from perpend.config import load, to_toml
+from perpend.config import Machine, load, to_toml
 from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
 from perpend.data import load_splits
@@ -28,7 +30,7 @@ from perpend.searching.forward import Scorer
 from perpend.searching.study import Ledger, Outcome
 from perpend.tasks.finalists import Correlation, Point
 from perpend.tasks.run import Run, run
-from perpend.tasks.search import Joined, search
+from perpend.tasks.search import Asked, Joined, search
 from perpend.tasks.trials import study_name
 
 FOUND = {"trials.jsonl", "front.json", "front.svg", "schedules.svg", "study.log"}
@@ -102,6 +104,7 @@ def test_everything_is_written_and_nothing_is_left_behind(done, pico_dir):
     assert data["search"]["trials"]["finished"] == 12
     assert [p["name"] for p in front["front"] if p["chosen"]] == [made.found.chosen.name]
     assert front["study"]["sampler"] == "TPESampler"
+    assert front["untouched"]["acceptance"] > 0.5  # judged as finalists are: the word list finds no refusal here
     assert "Front of the search" in (folder / "out" / "report.html").read_text()
     for name in ("front.svg", "schedules.svg"):
         assert (folder / "out" / name).read_text().startswith('<?xml version="1.0"')
@@ -276,6 +279,45 @@ def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_d
     order = finalists._ordered(made.found.rule, [told.start, told.refined], made.found.untouched)
     assert made.found.chosen.name != told.refined.name or order[0] is told.refined
     assert "refined" in json.loads((tmp_path / "out" / "front.json").read_text())["refinement"]["text"]
+
+
+@pytest.mark.parametrize("difference", [0.0, -0.5, None])
+def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, tmp_path, monkeypatch, difference):
+    def compare(before, after):
+        if difference is None:
+            raise UsageError("no prompt was judged both before and after")
+        return SimpleNamespace(difference=difference, to_json=dict)
+
+    monkeypatch.setattr(finalists, "compare", compare)
+    order = lambda rule, points, untouched: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    monkeypatch.setattr(finalists, "_ordered", order)
+    asked = recipe(done[0], refine=5, prompts=2, trials=6)
+    made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
+    assert ("refined" in made.found.chosen.name) == (difference != -0.5)
+    if difference is None:
+        assert made.found.refinement.accepted is None
+        assert "no prompt was judged both before and after" in str(made.found.refinement)
+
+
+def test_models_that_hold_other_weights_share_no_study(pico_dir, tmp_path):
+    asked, splits = recipe(tmp_path), load_splits(recipe(tmp_path).prompts)
+    found = {}
+    for name in ("a", "b", "c"):
+        shutil.copytree(pico_dir("llama"), tmp_path / name / "model")
+        if name == "c":
+            weights = load_file(tmp_path / "c" / "model" / "model.safetensors")
+            save_file({k: v + 0.01 for k, v in weights.items()}, tmp_path / "c" / "model" / "model.safetensors")
+        found[name] = study_name(asked.for_model(str(tmp_path / name / "model")), MACHINE, splits)
+    assert found["a"] == found["b"] != found["c"]
+
+
+def test_the_command_to_go_on_says_every_setting_of_the_machine(tmp_path):
+    machine = Machine(device="cpu", batch_size=2, trust_remote_code=("org/a", "org/b"))
+    words = shlex.split(Asked("m", tmp_path / "out", recipe(tmp_path), machine, None, 2).command(tmp_path))
+    assert words[-8:] == [
+        *("--device", "cpu", "--batch-size", "2"),
+        *("--trust-remote-code", "org/a", "--trust-remote-code", "org/b"),
+    ]
 
 
 def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypatch):

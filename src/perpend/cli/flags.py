@@ -365,7 +365,7 @@ FLAGS: dict[str, Flag] = {
     "refine": Flag(
         ("--refine",),
         int,
-        "Gradient steps from the best candidate; taken only where replies confirm it. 0 for none.",
+        "Gradient steps from the best candidate; taken only where held-out replies confirm it. 0 for none.",
         SEARCH,
         key="search.refine",
         default="20",

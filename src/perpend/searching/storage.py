@@ -59,11 +59,19 @@ def _with_driver(url: str) -> str:
 
 
 def masked(where: str | Path) -> str:
-    """Return a storage without its password."""
-    head, sign, rest = str(where).partition("://")
-    account, at, host = rest.rpartition("@")
-    user = account.partition(":")[0]
-    return f"{head}://{user}:***@{host}" if sign and at and ":" in account else str(where)
+    """Return a storage without its password, wherever in a URL that is."""
+    text = str(where)
+    if "://" not in text:
+        return text
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        return f"{text.partition('://')[0]}://***"
+    hidden = {name: "***" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 def _mend(path: Path) -> None:

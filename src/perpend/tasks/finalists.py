@@ -14,7 +14,7 @@ from typing import Any
 
 from perpend.core.edits import Edit
 from perpend.core.stats import spearman
-from perpend.errors import PerpendError, RunFailed
+from perpend.errors import PerpendError, RunFailed, UsageError
 from perpend.fitting.behaviour import TOKENS, Behaviour
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.judgement import Judgement, Rate
@@ -110,18 +110,27 @@ class Refinement:
     start: Point
     refined: Point
     accepted: Comparison | None
-    """Paired; None where the score has read all targets of the select split."""
+    """Paired; None where the score has read all targets of the select split, or no judge can tell of the others."""
+    why: str = ""
+    """Why there is no comparison."""
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it does not accept fewer of the targets that nothing has read; true where there are none."""
+        return self.accepted is None or self.accepted.difference >= 0
 
     def __str__(self) -> str:
         spent = f"drift {self.start.outcome.drift:.4f} → {self.refined.outcome.drift:.4f}"
         scored = f"refusal {self.start.outcome.refusal:.3f} → {self.refined.outcome.refusal:.3f}"
-        held_out = f"held-out targets: {self.accepted}" if self.accepted else "no target is held out from the score"
-        return f"{self.refined.name}: {scored}, {spent}; {held_out}"
+        held_out = f"held-out targets: {self.accepted}" if self.accepted else self.why
+        taken = "" if self.confirmed else "; not taken"
+        return f"{self.refined.name}: {scored}, {spent}; {held_out}{taken}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         accepted = self.accepted.to_json() if self.accepted else None
-        return {"start": self.start.name, "refined": self.refined.name, "accepted": accepted, "text": str(self)}
+        names = {"start": self.start.name, "refined": self.refined.name}
+        return {**names, "accepted": accepted, "confirmed": self.confirmed, "text": str(self)}
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Found:
     why: str
     """Why no further trial was run."""
     untouched: Mapping[str, float]
-    """Refusal score and acceptance of the untouched model, shortly."""
+    """Refusal score of the untouched model, and its acceptance on the select split at full length."""
     study: Mapping[str, Any]
     """Its name, sampler, arguments and version, and how the openings of the score were found."""
     n_layers: int
@@ -210,6 +219,12 @@ class Replies:
             replies = ask(self._site.session, prompts, self._site.recipe, self._stores(f"full-{edit.sha256[:12]}"))
         return replace(point, judged=judge(prompts, replies, self._panel).judged)
 
+    def untouched(self) -> Rate:
+        """Return how much the untouched model accepts, judged as `fully` judges a candidate."""
+        prompts = self._site.splits.select.target.prompts
+        replies = ask(self._site.session, prompts, self._site.recipe, self._stores("full-untouched"))
+        return judge(prompts, replies, self._panel).judged.acceptance
+
     def edit(self, point: Point) -> Edit:
         """Return the edit of a candidate."""
         return point.candidate.edit(self._site.session, self._site.base.directions, self._site.recipe)
@@ -254,7 +269,9 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     refinement = _refinement(finalists[0], finalists[-1], replies, search.prompts) if refined else None
     if refinement is not None:
         note(str(refinement))
-    chosen = _ordered(rule, finalists, untouched)[0]
+    untouched["acceptance"] = replies.untouched().share
+    fit = finalists[:-1] if refinement is not None and not refinement.confirmed else finalists
+    chosen = _ordered(rule, fit, untouched)[0]
     known = {p.name: p for p in [*(_point(t, True, site) for t in on_front), *points, *finalists]}
     found = Found(
         points=tuple(sorted(known.values(), key=lambda p: p.outcome.drift)),
@@ -311,7 +328,12 @@ def _refinement(start: Point, refined: Point, replies: Replies, read: int) -> Re
         for p in (start, refined)
         if p.judged
     ]
-    return Refinement(start, refined, compare(*sides) if sides[0].n else None)
+    if not sides[0].replies:
+        return Refinement(start, refined, None, "no target is held out from the score")
+    try:
+        return Refinement(start, refined, compare(*sides))
+    except UsageError as error:
+        return Refinement(start, refined, None, f"held-out targets: {error.what}")
 
 
 def _point(trial: Trial, on_front: bool, site: Site) -> Point:

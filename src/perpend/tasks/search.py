@@ -71,7 +71,9 @@ class Asked:
         words += ["--workers", str(self.workers)] if self.workers > 1 else []
         for name, field in Machine.model_fields.items():
             value = getattr(self.machine, name)
-            words += [f"--{name.replace('_', '-')}", str(value)] if value != field.default else []
+            given = [] if value == field.default else value if isinstance(value, tuple) else [value]
+            for one in given:
+                words += [f"--{name.replace('_', '-')}", str(one)]
         return shlex.join(words)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 from perpend.config import BUDGET, EvalSection, ExportSection, Machine, ModelSection, PromptsSection, Recipe
 from perpend.data import Splits
 from perpend.errors import RunFailed, UsageError
+from perpend.export.checkpoint import files
 from perpend.models.session import Session
 from perpend.progress import meter, note
-from perpend.refs import ModelRef
+from perpend.refs import ModelRef, Resolved
 from perpend.searching.base import Base
 from perpend.searching.forward import Scorer
 from perpend.searching.front import Pair, Rule, front
@@ -35,6 +36,8 @@ Tell = Callable[[str, dict[str, Any]], None]
 
 WAIT = 900.0
 """Seconds that a worker waits for the process that leads the search."""
+WEIGHTS, PIECES, PIECE = (".safetensors", ".gguf", ".bin"), 64, 4096
+"""Files of weights, how many pieces of each are read for a fingerprint, and their bytes."""
 PLAN, QUESTIONS = "plan", "questions"
 INTERRUPTED = "interrupted"
 
@@ -47,15 +50,18 @@ def without_budget(recipe: Recipe) -> dict[str, Any]:
 def study_name(recipe: Recipe, machine: Machine, splits: Splits) -> str:
     """Return a name that two searches share only when a trial means the same in both.
 
-    Local paths are not part of it, so that machines which keep the same files elsewhere can share a study.
+    Local paths are not part of it, so that machines which keep the same files elsewhere can share a study; what the
+    files hold is.
     """
-    title = ModelRef.parse(recipe.model.id).title
+    ref = ModelRef.parse(recipe.model.id)
+    title = ref.title
     prompts = PromptsSection(system=recipe.prompts.system)
     plain = recipe.for_model(title).model_copy(
         update={"prompts": prompts, "eval": EvalSection(), "export": ExportSection(), "model": ModelSection(id=title)}
     )
     key = {
         "recipe": {**plain.model_dump(mode="json"), "search": without_budget(recipe)},
+        "weights": weights_fingerprint(ref.resolve()),
         "prompts": [prompts.fingerprint for prompts in splits.sets()[:4]],
         "chat_template": template_hash(recipe),
         "dtype": machine.dtype,
@@ -63,6 +69,26 @@ def study_name(recipe: Recipe, machine: Machine, splits: Splits) -> str:
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return f"{title.rstrip('/').rpartition('/')[2]}-{digest}"
+
+
+def weights_fingerprint(source: Resolved) -> str:
+    """Return a hash of the configuration and of samples from the weights, wherever the files lie.
+
+    Read are the size, the beginning, the end and pieces in between of every file of weights, so that models of the same
+    shapes differ and large ones take no time.
+    """
+    digest = hashlib.sha256()
+    found = [source.path / source.gguf_file] if source.gguf_file else list(files(source.path))
+    for path in found:
+        if path.suffix not in WEIGHTS and path.name != "config.json":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for k in range(PIECES):
+                file.seek(max(0, size - PIECE) * k // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
