@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from task_cases import contents, names
+from task_cases import MACHINE, a_recipe, contents, names
 
 import perpend
 from hub import Hub, Repo, serving
@@ -81,9 +82,17 @@ def test_an_output_arrives_whole_private_and_without_replies(hub: Hub, out: Path
     assert made.output == f"{hub.url}/owner/edit"
 
 
-def test_no_folder_of_this_machine_leaves_it(hub: Hub, out: Path, tmp_path: Path) -> None:
+def test_no_folder_of_this_machine_leaves_it(
+    hub: Hub, out: Path, tmp_path: Path, pico_dir: Callable[[str], Path]
+) -> None:
+    shutil.copytree(pico_dir("llama"), tmp_path / "base")  # a local model, whose edit remembers what it is of
+    perpend.fit(str(tmp_path / "base"), output=tmp_path / "fit", recipe=a_recipe(tmp_path), machine=MACHINE)
+    shutil.copy(tmp_path / "fit" / "edit.safetensors", out)
+    shutil.copytree(tmp_path / "fit", out / "earlier")
+    assert str(tmp_path) in (out / "earlier" / "recipe.toml").read_text(encoding="utf-8")
     perpend.push(out, "owner/edit")
     sent = hub.repos["owner/edit"].branches["main"]
+    assert {"earlier/recipe.toml", "earlier/edit.safetensors"} <= set(sent)
     assert not [name for name, data in sent.items() if str(tmp_path).encode() in data]
     (tmp_path / "recipe.toml").write_bytes(sent["recipe.toml"])
     there, here = load(tmp_path / "recipe.toml"), load(out / "recipe.toml")

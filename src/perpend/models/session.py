@@ -43,7 +43,13 @@ WINDOW = 512
 
 
 class Session:
-    """One model in memory."""
+    """One model in memory.
+
+    Attributes:
+        engine: What computes.
+    """
+
+    engine = "transformers"
 
     def __init__(
         self,

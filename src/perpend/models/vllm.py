@@ -59,9 +59,9 @@ class VllmSession(Session):
 
         ours: Any = vllm
         options: dict[str, Any] = {} if rank is None else {"enable_lora": True, "max_lora_rank": rank}
-        self.version = str(ours.__version__)
+        self.engine = f"vllm {ours.__version__}"
         self._adapter = None if adapter is None else _request(adapter)
-        self._engine = ours.LLM(
+        self._llm = ours.LLM(
             model=str(loaded.source.path),
             dtype=machine.dtype,
             tensor_parallel_size=machine.tensor_parallel,
@@ -90,7 +90,7 @@ class VllmSession(Session):
         ends = load.end_tokens(self.model, self.chat.tokenizer)
         settings = [self._parameters(max_new_tokens, sampling, ends, prompts[k].id) for k in missing]
         given = [{"prompt_token_ids": ids[k]} for k in missing]
-        made = self._engine.generate(given, settings, lora_request=self._adapter, use_tqdm=False) if given else []
+        made = self._llm.generate(given, settings, lora_request=self._adapter, use_tqdm=False) if given else []
         for k, output in zip(missing, made, strict=True):
             tokens = tuple(int(token) for token in output.outputs[0].token_ids)
             finished = bool(tokens) and tokens[-1] in ends

@@ -48,6 +48,7 @@ def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dic
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
         },
         "machine": {
+            "engine": session.engine,
             "device": _device(session.device),
             "batch_size": machine.batch_size,
             "system": f"{platform.system()} {platform.machine()}",

@@ -14,7 +14,7 @@ from perpend.drift import Drift
 from perpend.errors import UsageError
 from perpend.judges.panel import Comparison
 from perpend.models.parallel import shared
-from perpend.models.vllm import VllmSession, require_vllm
+from perpend.models.vllm import require_vllm
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -25,7 +25,7 @@ from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import find_edit
 from perpend.tasks.report import Report, report
-from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits, open_vllm, require_fitting
+from perpend.tasks.setup import journal_key, open_engine, open_panel, open_splits, require_fitting
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def eval(
         return replace(empty, forecast=asked)
 
     def work(stores: Any) -> Evaluation:
-        panel = open_panel(recipe, machine)
-        outside = machine.engine == "vllm"
-        session = open_vllm(model, recipe, machine, adapter) if outside else open_session(model, recipe, machine)
+        panel, session = open_panel(recipe, machine), open_engine(model, recipe, machine, adapter)
         if chosen is not None:
             require_fitting(session, chosen)
         if chosen is None:
@@ -154,8 +152,6 @@ def eval(
             seen = report(session, chosen, pair, recipe, panel, stores=stores)
             made = replace(empty, before=seen.before, report=seen, edit=edit_facts(chosen, session.anatomy))
         facts = about("eval", session, recipe, machine) | {"peak_memory": peak_memory()}
-        if isinstance(session, VllmSession):
-            facts["machine"]["engine"] = f"vllm {session.version}"
         return replace(made, about=facts, seconds=round(time.monotonic() - started, 1))
 
     if out is None:
@@ -165,8 +161,13 @@ def eval(
     with shared(out) as place, journal(place, key, "the same command again") as kept:
         made = work(kept.replies)
         with appearing(place) as folder:
-            for name, measured in (("before", made.before), ("after", made.after)):
-                if measured is not None:
-                    (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")
-            put(folder, made.to_json())
+            _write(folder, made)
     return made
+
+
+def _write(folder: Path, made: Evaluation) -> None:
+    """Write replies and report."""
+    for name, measured in (("before", made.before), ("after", made.after)):
+        if measured is not None:
+            (folder / f"{name}.jsonl").write_text(listed(measured), encoding="utf-8")
+    put(folder, made.to_json())

@@ -96,7 +96,7 @@ def choose(folder: Path, with_replies: bool) -> tuple[list[Sent], list[Kept]]:
         elif path.name not in REPLIES and not any(fnmatchcase(path.name, pattern) for pattern in PARTS):
             kept.append(Kept(name, "no part of a model"))
         else:
-            data = _recipe(path) if name == RECIPE else None
+            data = _recipe(path) if path.name == RECIPE else None
             sent.append(Sent(name, path.stat().st_size if data is None else len(data), data))
     return sent, kept
 

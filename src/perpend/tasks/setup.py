@@ -36,13 +36,15 @@ def open_session(model: str, recipe: Recipe, machine: Machine) -> Session:
     return as_asked(loaded, recipe, machine)
 
 
-def open_vllm(model: str, recipe: Recipe, machine: Machine, adapter: Path | None) -> VllmSession:
-    """Open a model in vLLM, with an adapter where there is one.
+def open_engine(model: str, recipe: Recipe, machine: Machine, adapter: Path | None) -> Session:
+    """Open a model in the engine that is asked for; with vLLM, with an adapter where there is one.
 
     Raises:
         UsageError: the model or the adapter cannot be read.
         MissingExtra: vLLM is not installed.
     """
+    if machine.engine != "vllm":
+        return open_session(model, recipe, machine)
     prompts, loaded = recipe.prompts, unloaded(ModelRef.parse(model), machine)
     return VllmSession(loaded, machine, adapter=adapter, system=prompts.system, chat_template=prompts.chat_template)
 
