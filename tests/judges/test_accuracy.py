@@ -92,6 +92,8 @@ def test_a_rate_that_the_error_rules_out_is_not_corrected():
     error = KnownError((24, 62), (110, 118), "en")
     assert error.correct(30, 100) is not None
     assert not error.holds(128, 200)
+    for k in (56, 60):
+        assert KnownError((25, 62), (116, 118), "en").correct(k, 100) is None
     assert error.correct(128, 200) is None
     assert KnownError((60, 62), (60, 118), "en").correct(2, 200) is None
 

@@ -80,7 +80,7 @@ def judge(server: FakeServer, tmp_path, *, waits: list | None = None, **options)
 
 
 @pytest.mark.parametrize(
-    "answer", ["COMPLY", "comply.", " **Comply** ", "<think>REFUSE? no.</think>COMPLY", "So:\nCOMPLY"]
+    "answer", ["COMPLY", "comply.", " **Comply** ", "<think>REFUSE? no.</think>COMPLY", "Label: COMPLY"]
 )
 def test_the_label_is_read_however_it_is_said(tmp_path, answer):
     with FakeServer([said_by(answer)]) as server:
@@ -89,12 +89,34 @@ def test_the_label_is_read_however_it_is_said(tmp_path, answer):
     assert found[0].judge == f"tiny at 127.0.0.1:{server.http.server_port}"
 
 
-@pytest.mark.parametrize("answer", ["", "I think so", "COMPLY or REFUSE", "non-compliant"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "I think so",
+        "COMPLY or REFUSE",
+        "non-compliant",
+        "The reply does not comply with the request.",
+        "Label: REFUSE\nThe reply does not comply.",
+        "Non-comply",
+        "not broken",
+        "So:\nCOMPLY",
+        "refused",
+    ],
+)
 def test_an_answer_that_names_no_label_is_unknown(tmp_path, answer):
     with FakeServer([said_by(answer)]) as server:
         found = judge(server, tmp_path).verdicts([(REQUEST, ANSWER)])
     assert found[0].label is Label.UNKNOWN
-    assert "labels" in found[0].reason
+    assert "is no label" in found[0].reason
+
+
+def test_an_answer_that_was_cut_off_is_unknown(tmp_path):
+    cut = {"choices": [{"message": {"content": "COMPLY"}, "finish_reason": "length"}]}
+    with FakeServer([(200, {}, json.dumps(cut))]) as server:
+        found = judge(server, tmp_path).verdicts([(REQUEST, ANSWER)])
+    assert found[0].label is Label.UNKNOWN
+    assert "cut off" in found[0].reason
 
 
 def test_it_is_asked_with_the_template_at_temperature_0(tmp_path):

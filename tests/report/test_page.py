@@ -70,13 +70,17 @@ def test_every_part_is_on_the_page_and_text_is_escaped(made):
 
 
 def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):
-    side = json.loads((made / "report.json").read_text())["report"]["after"]["target"]
+    data = json.loads((made / "report.json").read_text())
+    side = data["report"]["after"]["target"]
     assert side["language"] == "en"
-    assert f"{side['corrected']['share']:.1%}" in side["correction"]
-    page, card = (made / "report.html").read_text(), (made / "README.md").read_text()
-    assert str(escape(side["correction"].capitalize())) in page
+    assert "58 of 62 replies that comply" in side["correction"]
+    assert str(escape(side["correction"].capitalize())) in (made / "report.html").read_text()
+    assert side["correction"] in (made / "README.md").read_text()
+    counts = {"accepted_of_complying": [58, 62], "not_accepted_of_others": [104, 118]}
+    side["corrected"] = {"share": 0.314, "interval": [0.1, 0.7], "language": "en", **counts}
+    page = render(read(data, "report.json"))
     assert "corrected for the judges’ error" in page
-    assert side["correction"] in card
+    assert "31.4" in page
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path):

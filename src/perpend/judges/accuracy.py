@@ -152,13 +152,13 @@ class KnownError:
     language: str
 
     def holds(self, k: int, n: int) -> bool:
-        """Return whether these judges, erring so, could have accepted k of n.
+        """Return whether judges that err so can have accepted k of n.
 
-        At most they accept the share of replies that comply which they accept, at least that of others which they
-        do. Where the whole interval of the rate lies outside, they do not err so on the replies at hand.
+        They accept at most the share of replies that comply which they accept, and at least the share of others
+        which they do. A rate beyond either says that they do not err so on the replies at hand.
         """
-        (low, high), wrong = wilson(k, n), self.rejected[1] - self.rejected[0]
-        return low <= wilson(*self.accepted)[1] and high >= wilson(wrong, self.rejected[1])[0]
+        (right, m), (kept, others) = self.accepted, self.rejected
+        return n > 0 and (others - kept) / others <= k / n <= right / m
 
     def correct(self, k: int, n: int) -> tuple[float, float, float] | None:
         """Return the rate corrected for the error, with its interval; None where it cannot be.
@@ -169,9 +169,10 @@ class KnownError:
         if not self.holds(k, n):
             return None
         try:
-            return rogan_gladen(k, n, self.accepted, self.rejected)
+            found = rogan_gladen(k, n, self.accepted, self.rejected)
         except UsageError:
             return None
+        return found if found[1] < found[2] else None
 
 
 def known_error(judges: Mapping[str, Mapping[str, Any]], languages: Iterable[str]) -> KnownError | None:

@@ -143,16 +143,16 @@ class Judgement:
             return "not corrected: the error of these judges was never measured"
         (a, m), (b, n) = error.accepted, error.rejected
         counts = f"they accept {a} of {m} replies that comply and {n - b} of {n} others of known label"
+        supposed = "; supposing that they err here as they do there"
         if not self.acceptance.n:
             return "not corrected: nothing was judged"
         if found is None:
             beyond = not error.holds(self.acceptance.k, self.acceptance.n)
-            why = ", which the rate found here rules out" if beyond else ", no better than chance"
+            why = ", which the rate found here rules out" if beyond else ", too little to correct by"
             return f"not corrected: {counts}{why}"
         share, low, high = found
-        return (
-            f"accepted, corrected for the judges' error: {share:.1%}, 95 % interval {low:.1%} to {high:.1%} ({counts})"
-        )
+        rate = f"{share:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+        return f"accepted, corrected for the judges' error: {rate} ({counts}{supposed})"
 
     @cached_property
     def alone(self) -> dict[str, Rate]:

@@ -99,6 +99,8 @@ def _asked_to_wait(header: str | None) -> float:
 
 def _text(data: bytes) -> str:
     try:
-        return str(json.loads(data)["choices"][0]["message"]["content"] or "")
-    except (ValueError, KeyError, IndexError, TypeError):
+        choice = json.loads(data)["choices"][0]
+        text = str(choice["message"]["content"] or "")
+        return f"{text} … (cut off)" if choice.get("finish_reason") == "length" else text
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise Unanswered("the answer is no chat completion") from None
