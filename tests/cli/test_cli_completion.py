@@ -43,10 +43,11 @@ def test_what_is_typed_is_completed(typed, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_for_a_shell_is_printed(cli, shell):
-    said = cli("--show-completion", shell)
+def test_the_script_for_a_shell_is_printed(cli, shell, monkeypatch):
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: (shell, f"/bin/{shell}"))
+    said = cli("--show-completion")
     assert said.code == 0
-    assert "_PERPEND_COMPLETE" in said.out
+    assert f"_PERPEND_COMPLETE=complete_{shell}" in said.out
 
 
 def test_completing_loads_no_tensors():
