@@ -16,7 +16,7 @@ from perpend.models.load import load_model
 from perpend.models.session import Session
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer
-from perpend.searching.refine import _Descent, descend, refine
+from perpend.searching.refine import _Descent, refine
 
 LEASH = 0.3
 
@@ -37,25 +37,25 @@ START = Candidate(1.0, 1, "plain", False, Constant(weight=0.1), Constant(weight=
 @pytest.mark.parametrize("mode", ["plain", "column"])
 def test_the_objective_falls_and_the_leash_and_the_bound_hold(scorer, mode):
     start = replace(START, mode=mode)
-    found = descend(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8)
+    found = refine(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8)
     assert found.outcome.refusal < found.start.refusal - 0.1
     assert found.outcome.drift <= LEASH
     values = [*found.candidate.attention.values, *found.candidate.mlp.values]
     assert min(values) >= 0
     assert max(values) <= 0.8
     assert len(found.history) == 4
-    assert found.candidate == refine(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8)
+    assert found.candidate == refine(scorer.session, scorer, start, steps=20, max_drift=LEASH, bound=0.8).candidate
 
 
 def test_a_leash_shorter_than_the_drift_of_the_start_pulls_it_back(scorer):
-    found = descend(scorer.session, scorer, START, steps=10, max_drift=1e-3)
+    found = refine(scorer.session, scorer, START, steps=10, max_drift=1e-3)
     assert found.start.drift > 1e-3 >= found.outcome.drift
 
 
 def test_a_start_at_the_end_of_the_leash_is_returned_unless_refusal_falls(scorer):
     (start,) = scorer.score([START])
     for leash in (round(start.drift, 5), start.drift - 5e-6):
-        found = descend(scorer.session, scorer, START, steps=5, max_drift=leash)
+        found = refine(scorer.session, scorer, START, steps=5, max_drift=leash)
         assert found.outcome.refusal <= start.refusal
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_objective(scorer):
 def test_what_comes_out_is_worth_the_same_with_its_exported_weights(pico_dir, mode):
     scorer = made(pico_dir("llama"))
     session = scorer.session
-    found = descend(session, scorer, replace(START, mode=mode), steps=5, max_drift=LEASH)
+    found = refine(session, scorer, replace(START, mode=mode), steps=5, max_drift=LEASH)
     edit = found.candidate.edit(session, scorer.directions, scorer.recipe)
     for name, part in edit.modules.items():
         weight = session.model.get_submodule(name).weight
@@ -93,7 +93,7 @@ def test_what_comes_out_is_worth_the_same_with_its_exported_weights(pico_dir, mo
 
 
 def test_a_result_can_be_projected_to_kernels_and_is_scored_as_such(scorer):
-    found = descend(scorer.session, scorer, START, steps=5, max_drift=LEASH, kernel=True)
+    found = refine(scorer.session, scorer, START, steps=5, max_drift=LEASH, kernel=True)
     again = scorer.score([found.candidate])[0]
     assert (again.refusal, again.drift) == pytest.approx((found.outcome.refusal, found.outcome.drift), abs=1e-4)
     assert {type(found.candidate.attention), type(found.candidate.mlp)} <= {NormalKernel, Constant}
@@ -101,7 +101,7 @@ def test_a_result_can_be_projected_to_kernels_and_is_scored_as_such(scorer):
 
 def test_a_refined_direction_is_unit_and_does_better_than_the_weight_factors_alone(scorer):
     options = {"steps": 30, "max_drift": LEASH}
-    turned = descend(scorer.session, scorer, START, direction=True, **options)
+    turned = refine(scorer.session, scorer, START, direction=True, **options)
     assert turned.outcome.refusal < turned.start.refusal
     assert turned.outcome.drift <= LEASH
     again = scorer.score([turned.candidate], directions=turned.directions)[0]
@@ -114,6 +114,6 @@ def test_a_refined_direction_is_unit_and_does_better_than_the_weight_factors_alo
 
 def test_what_cannot_be_refined_is_said(scorer):
     with pytest.raises(UsageError, match="one direction that all layers share"):
-        descend(scorer.session, scorer, replace(START, layer=None), direction=True)
+        refine(scorer.session, scorer, replace(START, layer=None), direction=True)
     with pytest.raises(UsageError, match="bound"):
-        descend(scorer.session, scorer, START, bound=0.0)
+        refine(scorer.session, scorer, START, bound=0.0)

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli.flags import TALK_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.errors import Interrupted
 
 
 @command(
     "chat",
-    options=(
-        "edit",
-        "dry_run",
-        "config",
-        "assignments",
-        "system",
-        "chat_template",
-        "sample",
-        "max_new_tokens",
-        "classifier",
-        "seed",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=TALK_FLAGS,
     examples=("chat ./out", "chat google/gemma-3-4b-it --edit out --sample"),
     panel=MEASURE,
 )

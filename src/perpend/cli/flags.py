@@ -410,3 +410,19 @@ MACHINE_FLAGS = (
     "device_map",
     "tensor_parallel",
 )
+TALK_FLAGS = (
+    "edit",
+    "dry_run",
+    "config",
+    "assignments",
+    "system",
+    "chat_template",
+    "sample",
+    "max_new_tokens",
+    "classifier",
+    "seed",
+    "revision",
+    "trust_remote_code",
+    *MACHINE_FLAGS,
+)
+"""Of the commands that let a model and its edit answer a user."""

@@ -8,7 +8,7 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS
+from perpend.cli.flags import TALK_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 
 PANEL = "Server"
@@ -52,21 +52,7 @@ Origins = Annotated[
 
 @command(
     "serve",
-    options=(
-        "edit",
-        "dry_run",
-        "config",
-        "assignments",
-        "system",
-        "chat_template",
-        "sample",
-        "max_new_tokens",
-        "classifier",
-        "seed",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=TALK_FLAGS,
     examples=("serve ./out --port 8080", "serve google/gemma-3-4b-it --edit out"),
     panel=MEASURE,
 )

@@ -62,15 +62,40 @@ def observe(
         tokens: New tokens per reply.
         store: Replies already made, by prompt id; new ones are added.
     """
-    dictionary = Dictionary()
     prompts = [*pair.target.prompts, *pair.baseline.prompts]
     replies = session.generate(prompts, max_new_tokens=tokens, store=store)
-    seen = [
-        (reply, dictionary.label(prompt.text, reply.text, reply.finished).label)
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    seen = list(zip(replies, labels(prompts, replies), strict=True))
     cut = len(pair.target.prompts)
     return Behaviour(pair, tuple(seen[:cut]), tuple(seen[cut:]))
+
+
+def labels(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Label]:
+    """Label short replies by dictionary, in order."""
+    dictionary = Dictionary()
+    return [
+        dictionary.label(prompt.text, reply.text, reply.finished).label
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+
+
+def usable(
+    session: Session, pair: PromptPair, *, filtered: bool, store: MutableMapping[str, Reply] | None = None
+) -> tuple[PromptPair, dict[str, int]]:
+    """Return the prompts to fit on, and how many there were and are kept.
+
+    Args:
+        session: The untouched model.
+        pair: Prompts of the fit split.
+        filtered: Keep those on which the model does what their class says.
+        store: Replies already made, by prompt id; new ones are added.
+
+    Raises:
+        RunFailed: too few are kept.
+    """
+    if not filtered:
+        return pair, {"targets": len(pair.target), "baselines": len(pair.baseline)}
+    seen = observe(session, pair, store=store)
+    return consistent(seen), seen.counts()
 
 
 def consistent(behaviour: Behaviour) -> PromptPair:

@@ -14,7 +14,7 @@ from perpend.core.schedule import layers as length
 from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
 from perpend.fitting.accumulate import Checkpoint, accumulate, fixed_position
-from perpend.fitting.behaviour import consistent, observe
+from perpend.fitting.behaviour import observe, usable
 from perpend.fitting.iterative import Step, iterate
 from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
 from perpend.fitting.plan import from_layer, plan_edit, weight_factors
@@ -83,10 +83,8 @@ def fit_edit(
     session.anatomy.require_complete(recipe.edit.allow_partial)
     weight_factors(session.anatomy, recipe.edit)
     layer, choice = fixed_layer(recipe, session.n_layers), None
-    pair, counts = splits.fit, {"targets": len(splits.fit.target), "baselines": len(splits.fit.baseline)}
-    if recipe.fit.filter:
-        behaviour = observe(session, pair, store=replies("fit") if replies else None)
-        pair, counts = consistent(behaviour), behaviour.counts()
+    store = replies("fit") if replies and recipe.fit.filter else None
+    pair, counts = usable(session, splits.fit, filtered=recipe.fit.filter, store=store)
     provenance = {"recipe": recipe.hash(), "model": session.loaded.ref.portable, "fit": fingerprints(pair)}
     kept = (checkpoint, provenance)
     if recipe.fit.layer == "auto":
@@ -112,9 +110,9 @@ Kept = tuple[Checkpoint | None, dict[str, Any]]
 
 
 def at_position(
-    session: Session, pair: PromptPair, held_out: PromptPair, recipe: Recipe, position: int, kept: Kept
+    session: Session, pair: PromptPair, held_out: PromptPair | None, recipe: Recipe, position: int, kept: Kept
 ) -> Directions:
-    """Return the directions of all layers at one position."""
+    """Return the directions of all layers at one position; with `held_out`, also how well they separate it."""
     checkpoint, provenance = kept
 
     def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from perpend.core.stats import rogan_gladen, wilson
 from perpend.errors import UsageError
-from perpend.judges.labels import Label
+from perpend.judges.labels import Label, read_labelled
 
 ALL = "all"
 """Name of the counts over all languages."""
@@ -54,18 +54,7 @@ def read_gold(path: Path) -> list[Gold]:
     Raises:
         UsageError: no such file, or a line that is none; names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            data = json.loads(line)
-            found.append(Gold(**{**data, "label": Label(data["label"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"not a labelled reply: {error}", where=f"{path}:{number}") from None
-    return found
+    return read_labelled(path, lambda data: Gold(**{**data, "label": Label(data["label"])}))
 
 
 @dataclass(frozen=True)

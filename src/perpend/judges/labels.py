@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from perpend.errors import UsageError
+
+T = TypeVar("T")
 
 
 class Label(StrEnum):
@@ -55,6 +61,30 @@ class Verdict:
     p: float | None
     reason: str
     judge: str
+
+
+def read_labelled(path: Path, read: Callable[[dict[str, Any]], T], valid: str = "") -> list[T]:
+    """Read labelled replies from a file of JSON objects, one per line.
+
+    Args:
+        path: The file.
+        read: Makes of an object what is wanted; raises ValueError, TypeError or KeyError where it is none.
+        valid: What an object must hold, for the message.
+
+    Raises:
+        UsageError: no such file, or a line that is no labelled reply; names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(read(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"not a labelled reply: {error}", where=f"{path}:{number}", valid=valid) from None
+    return found
 
 
 class RefusalClassifier(Protocol):

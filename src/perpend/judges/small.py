@@ -27,7 +27,7 @@ from scipy.special import expit
 from perpend.core.stats import wilson
 from perpend.errors import RunFailed, UsageError
 from perpend.judges.coherence import words
-from perpend.judges.labels import Label
+from perpend.judges.labels import Label, read_labelled
 from perpend.judges.patterns import straightened
 
 FORMAT = "perpend-small-1"
@@ -67,19 +67,11 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         UsageError: no such file, a line that is no such object, or an unknown label; names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            data = json.loads(line)
-            found.append(Example(str(data["request"]), str(data["reply"]), Label(data["label"])))
-        except (ValueError, TypeError, KeyError) as error:
-            valid = f"request, reply, label ({', '.join(Label)})"
-            raise UsageError(f"not a labelled reply: {error}", where=f"{path}:{number}", valid=valid) from None
-    return found
+
+    def example(data: dict[str, Any]) -> Example:
+        return Example(str(data["request"]), str(data["reply"]), Label(data["label"]))
+
+    return read_labelled(path, example, f"request, reply, label ({', '.join(Label)})")
 
 
 def _ngrams(items: Sequence[str], sizes: Sequence[int], join: str) -> Iterator[str]:

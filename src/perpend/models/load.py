@@ -6,7 +6,6 @@ shard's header and size, dtype, memory. What the Hugging Face libraries print on
 
 from __future__ import annotations
 
-import gc
 import inspect
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf
 from perpend.models.files import check_files
-from perpend.models.memory import free_memory, pick_device
+from perpend.models.memory import free_memory, pick_device, reclaim
 from perpend.models.offload import Shelf, require_finite
 from perpend.models.parallel import World
 from perpend.models.places import READ, Part, Plan, parts, plan
@@ -369,9 +368,7 @@ def release(model: nn.Module) -> None:
             if parameter is not None:
                 gone = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")  # whatever its own class
                 module._parameters[name] = nn.Parameter(gone, requires_grad=False)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    reclaim()
 
 
 def _common(source: Resolved, ref: ModelRef, machine: Machine) -> dict[str, Any]:

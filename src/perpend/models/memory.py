@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -29,6 +30,13 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device '{name}' cannot be used: {reason}", valid="auto, cpu, cuda, cuda:N, mps") from None
     return device
+
+
+def reclaim() -> None:
+    """Give back what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device, most: int | None = None) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 from perpend.errors import RunFailed
 from perpend.models.batching import out_of_memory
 from perpend.models.convoy import Outcome
+from perpend.models.memory import reclaim
 from perpend.models.offload import Shelf
 from perpend.models.parallel import World
 from perpend.progress import note
@@ -95,7 +93,5 @@ def _fits(group: Group, outcome: Outcome[T]) -> bool:
     if len(group) == 1:
         raise RunFailed("out of memory on a single prompt", hint="shorter replies or a smaller dtype")
     note(f"out of memory with {len(group)} rows: going on with {len(group) // 2}")
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    reclaim()
     return False

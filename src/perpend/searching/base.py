@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.data import Splits
-from perpend.fitting.accumulate import Checkpoint, accumulate, fixed_position
-from perpend.fitting.behaviour import Behaviour, consistent, observe
-from perpend.fitting.fit import fingerprints
+from perpend.fitting.accumulate import Checkpoint, fixed_position
+from perpend.fitting.behaviour import Behaviour, observe, usable
+from perpend.fitting.fit import at_position, fingerprints
 from perpend.models.session import Reply, Session
 
 Stores = Callable[[str], MutableMapping[str, Reply]]
@@ -71,29 +70,17 @@ def measure_base(
     """
     session.anatomy.require_complete(recipe.edit.allow_partial)
     position = fixed_position(recipe.fit)
-    pair, counts = splits.fit, {"targets": len(splits.fit.target), "baselines": len(splits.fit.baseline)}
-    if recipe.fit.filter:
-        seen = observe(session, pair, store=stores("fit"))
-        pair, counts = consistent(seen), seen.counts()
-    kept = stores("select")
-    observe(session, splits.select, store=kept)
-    provenance = {"model": session.loaded.ref.portable, "fit": fingerprints(pair), "position": position}
-
-    def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        return checkpoint(f"{name}{position}", state)
-
-    found = {
-        rank: accumulate(
-            session,
-            pair,
-            recipe.fit.model_copy(update={"rank": rank}),
-            held_out=splits.select if rank == ranks[0] else None,
-            checkpoint=named,
-            provenance=provenance,
-        )
-        for rank in ranks
-    }
-    return Base(found, dict(kept), counts)
+    store = stores("fit") if recipe.fit.filter else None
+    pair, counts = usable(session, splits.fit, filtered=recipe.fit.filter, store=store)
+    replies = stores("select")
+    observe(session, splits.select, store=replies)
+    kept = (checkpoint, {"model": session.loaded.ref.portable, "fit": fingerprints(pair)})
+    found = {}
+    for rank in ranks:
+        own = recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"rank": rank})})
+        held_out = splits.select if rank == ranks[0] else None
+        found[rank] = at_position(session, pair, held_out, own, position, kept)
+    return Base(found, dict(replies), counts)
 
 
 def _packed(directions: Directions) -> str:

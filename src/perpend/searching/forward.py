@@ -12,7 +12,6 @@ the score is the same, to rounding. What cannot reach the front any more leaves 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.layers import RUIN, Probe
 from perpend.models.batching import out_of_memory
+from perpend.models.memory import reclaim
 from perpend.models.rows import Rows, per_row
 from perpend.models.session import Session
 from perpend.progress import note
@@ -153,7 +153,7 @@ class Scorer:
                 if out_of_memory(error) and len(some) > 1:
                     rows = len(some) // 2
                     note(f"out of memory with {len(some)} candidates: going on with {rows}")
-                    _collect()
+                    reclaim()
                 else:  # one of them, or the batch: each shows by itself
                     done += [self._alone(edit) for edit in some]
         return done
@@ -198,7 +198,7 @@ class Scorer:
             return False
         self.session.budget = replace(budget, forward=budget.forward // 2, logits=max(1, budget.logits // 2))
         note(f"out of memory: going on with batches of {budget.forward // 2} tokens")
-        _collect()
+        reclaim()
         return True
 
 
@@ -234,9 +234,3 @@ def reason(error: Exception) -> str:
     """Return in one line why a candidate has no score."""
     told = str(error) if isinstance(error, PerpendError) else f"{type(error).__name__}: {error}"
     return " ".join(told.split())[:300] or type(error).__name__
-
-
-def _collect() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

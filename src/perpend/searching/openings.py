@@ -25,9 +25,8 @@ from perpend.core.edits import Edit
 from perpend.core.schedule import Constant
 from perpend.data import Prompt
 from perpend.errors import RunFailed
-from perpend.fitting.behaviour import Behaviour
+from perpend.fitting.behaviour import Behaviour, labels
 from perpend.fitting.layers import RUIN, Probe
-from perpend.judges.dictionary import Dictionary
 from perpend.judges.labels import Label
 from perpend.models.session import Session
 from perpend.searching.candidate import Candidate
@@ -175,9 +174,8 @@ def _complying(session: Session, edit: Edit, targets: Sequence[Prompt], refusals
     """Return how the edited model begins its reply to each target; None where it still refuses."""
     with session.edited(edit):
         replies = session.generate(targets, max_new_tokens=REPLY)
-    dictionary, found = Dictionary(), list[Tokens | None]()
-    for prompt, reply in zip(targets, replies, strict=True):
-        label = dictionary.label(prompt.text, reply.text, reply.finished).label
+    found: list[Tokens | None] = []
+    for reply, label in zip(replies, labels(targets, replies), strict=True):
         sound = label is Label.COMPLY and reply.tokens[:SHARED] not in refusals
         found.append(reply.tokens[:LENGTH] if sound else None)
     return found

@@ -1,9 +1,5 @@
 """Gradient refinement: weight factors that no kernel has, found by descent on the two objectives of the search.
 
-    refine(session, scorer, candidate, *, steps=20, max_drift=None, bound=1.2, smooth=0.02, rate=0.05, kernel=False,
-           seed=0) -> Candidate
-    descend(... the same, and direction=False) -> Refined: the candidate with its scores, directions and history
-
 λ of attention and of MLP in every layer (and, by option, the direction) are the parameters of hooks through which the
 model is differentiable. Adam descends on log(1 + exp(log-odds of refusing)), which is flat where a target is complied
 with, over a few trees of prompts at a time, plus what holds λ:
@@ -76,35 +72,6 @@ class Refined:
 
 
 def refine(
-    session: Session,
-    scorer: Scorer,
-    candidate: Candidate,
-    *,
-    steps: int = 20,
-    max_drift: float | None = None,
-    bound: float = 1.2,
-    smooth: float = 0.02,
-    rate: float = 0.05,
-    kernel: bool = False,
-    seed: int = 0,
-) -> Candidate:
-    """Refine the weight factors of a candidate; see `descend`."""
-    found = descend(
-        session,
-        scorer,
-        candidate,
-        steps=steps,
-        max_drift=max_drift,
-        bound=bound,
-        smooth=smooth,
-        rate=rate,
-        kernel=kernel,
-        seed=seed,
-    )
-    return found.candidate
-
-
-def descend(
     session: Session,
     scorer: Scorer,
     candidate: Candidate,

@@ -15,8 +15,7 @@ from typing import Any
 from perpend.core.edits import Edit
 from perpend.core.stats import spearman
 from perpend.errors import PerpendError, RunFailed, UsageError
-from perpend.fitting.behaviour import TOKENS, Behaviour
-from perpend.judges.dictionary import Dictionary
+from perpend.fitting.behaviour import TOKENS, Behaviour, labels
 from perpend.judges.judgement import Judgement, Rate
 from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
@@ -24,7 +23,7 @@ from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.candidate import Candidate
 from perpend.searching.front import CEILING, Rule, front, spread_out
-from perpend.searching.refine import descend
+from perpend.searching.refine import refine
 from perpend.searching.study import Outcome, Trial, View
 from perpend.searching.workers import pair, scored
 from perpend.tasks.measure import ask, judge
@@ -191,7 +190,6 @@ class Replies:
     def __init__(self, site: Site, panel: Panel, stores: Stores) -> None:
         """Keep replies in stores by name, so that an interrupted choice goes on where it was."""
         self._site, self._panel, self._stores = site, panel, stores
-        self._dictionary = Dictionary()
 
     @cached_property
     def behaviour(self) -> Behaviour:
@@ -205,12 +203,10 @@ class Replies:
         with self._site.session.edited(edit):
             store = self._stores(f"short-{edit.sha256[:12]}")
             replies = self._site.session.generate(prompts, max_new_tokens=TOKENS, store=store)
-        labels = [
-            self._dictionary.label(p.text, r.text, r.finished).label for p, r in zip(prompts, replies, strict=True)
-        ]
-        refused = sum(label in (Label.REFUSE, Label.EVADE) for label in labels)
-        accepted = Rate(labels.count(Label.COMPLY), len(labels))
-        return replace(point, accepted_shortly=accepted, refused_shortly=Rate(refused, len(labels)))
+        said = labels(prompts, replies)
+        refused = sum(label in (Label.REFUSE, Label.EVADE) for label in said)
+        accepted = Rate(said.count(Label.COMPLY), len(said))
+        return replace(point, accepted_shortly=accepted, refused_shortly=Rate(refused, len(said)))
 
     def fully(self, point: Point) -> Point:
         """Let a candidate reply at full length to all targets of the select split; the whole panel labels."""
@@ -307,7 +303,7 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
         return []
     leash = max(search.max_drift or 0.0, start.outcome.drift)
     try:
-        found = descend(
+        found = refine(
             site.session, site.scorer, start.candidate, steps=search.refine, max_drift=leash, seed=site.recipe.seed
         )
     except PerpendError as error:
