@@ -52,7 +52,6 @@ def refusing():
     """The dictionary calls every reply to a prompt of harm a refusal: pico models say nothing that is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perpend.fitting.behaviour, "Dictionary", Labels)
-        patch.setattr(finalists, "Dictionary", Labels)
         yield
 
 
