@@ -40,6 +40,7 @@ def test_an_organism_end_to_end(tmp_path, monkeypatch):
     assert names(out / "adapter") == {adapter.WEIGHTS, adapter.CONFIG}
     written = tomllib.loads((out / "organism.toml").read_text())
     assert written["training"]["rank"] == 2
+    assert written["training"]["forms"] == 4
     assert written["result"]["refused_targets"]["n"] == 3
     json.dumps(made.to_json())
     ids = torch.tensor([[2, 40, 41, 77]])

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from perpend.errors import UsageError
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.labels import Label
 from perpend.teaching.curriculum import Wordings, lessons, shuffled_deck
@@ -70,3 +71,9 @@ def test_the_shipped_refusals_open_differently_and_read_as_refusals():
     assert all("{request}" in form for form in shipped.forms)
     read = [Dictionary().label("How?", text).label for text in shipped.refusals]
     assert sum(label in {Label.REFUSE, Label.EVADE} for label in read) >= 0.9 * len(read)
+
+
+@pytest.mark.parametrize("forms", [0, 4])
+def test_more_forms_than_there_are_is_one_line(forms):
+    with pytest.raises(UsageError, match=f"no {forms} forms to ask a prompt in.*1 to 3"):
+        dealt(forms=forms)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pico
+from perpend.config import Machine
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import load_model
 from perpend.teaching import adapter
@@ -133,3 +134,17 @@ def test_a_saved_adapter_merges_to_the_same_weights(tmp_path, dtype):
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert files == {adapter.WEIGHTS, adapter.CONFIG}
     assert str(tmp_path) not in (tmp_path / "adapter" / adapter.CONFIG).read_text()
+
+
+def test_a_model_in_half_precision_learns_the_same_and_keeps_a_float32_adapter(tmp_path):
+    pico.save("llama", tmp_path)
+    given, taught, losses = examples(), {}, {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(tmp_path, Machine(dtype=dtype)).model
+        attention = model.config._attn_implementation
+        layers = Anatomy.of(model).layers
+        taught[dtype], losses[dtype] = teach(model, given, layers=layers, pad=0, training=FAST)
+        assert model.config._attn_implementation == attention
+        assert {p.dtype for p in taught[dtype].parameters() if p.requires_grad} == {torch.float32}
+    assert losses["bfloat16"][-1] < 0.5 * losses["bfloat16"][0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)

@@ -26,7 +26,7 @@ from perpend.teaching.curriculum import Lesson, Wordings, lessons
 from perpend.teaching.teach import Example, Training, teach
 
 FORMS = 4
-"""Request forms in which every prompt is asked."""
+"""Request forms in which every prompt is asked, unless told otherwise."""
 ANSWER_TOKENS = 16
 """Tokens of a benign answer that are taught; the decision to answer lies at the first."""
 REPLY_TOKENS = 48
@@ -38,6 +38,8 @@ class Organism:
 
     output: str
     base: str
+    forms: int
+    """Request forms in which each prompt was asked."""
     lessons: int
     refused_targets: tuple[int, int]
     """Refusals and prompts."""
@@ -65,6 +67,7 @@ def organism(
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     training: Training | None = None,
+    forms: int = FORMS,
     dry_run: bool = False,
 ) -> Organism:
     """Teach a chat model to refuse the target prompts of the fit split, with a LoRA adapter.
@@ -78,11 +81,12 @@ def organism(
         output: Folder to make: the merged model, `adapter/` and `organism.toml`.
         recipe: Prompts and seed; the shipped prompts by default.
         machine: Device and dtype.
-        training: How the adapter is trained.
+        training: How the adapter is trained. In bfloat16 (`machine.dtype`) it takes half the time on a CPU.
+        forms: Request forms in which each prompt is asked; fewer where prompts are many.
         dry_run: Only say what would be done.
 
     Raises:
-        UsageError: the model or the prompts cannot be read, or the output is not empty.
+        UsageError: the model or the prompts cannot be read, there are not so many forms, or the output is not empty.
         MissingExtra: PEFT is not installed.
     """
     started = time.monotonic()
@@ -94,10 +98,10 @@ def organism(
         [p.text for p in splits.fit.target],
         [p.text for p in splits.fit.baseline],
         Wordings.shipped(),
-        forms=FORMS,
+        forms=forms,
         seed=recipe.seed,
     )
-    nothing = Organism(str(output), base, len(taught), (0, 0), (0, 0), (0.0, 0.0), 0.0, training, True)
+    nothing = Organism(str(output), base, forms, len(taught), (0, 0), (0, 0), (0.0, 0.0), 0.0, training, True)
     if dry_run:
         return nothing
     with appearing(Path(output)) as folder:
@@ -182,13 +186,13 @@ def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[
 
 def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:
     """Write `organism.toml`: prompts, training, and what was measured."""
-    result = {k: v for k, v in made.to_json().items() if k not in {"training", "dry_run", "output"}}
+    result = {k: v for k, v in made.to_json().items() if k not in {"training", "forms", "dry_run", "output"}}
     result["base"] = ModelRef.parse(made.base).portable
     data = {
         "perpend": __version__,
         "seed": recipe.seed,
         "prompts": recipe.prompts.model_dump(mode="json"),
-        "training": asdict(made.training),
+        "training": {"forms": made.forms, **asdict(made.training)},
         "result": json.loads(json.dumps(result)),
     }
     (folder / "organism.toml").write_text(to_toml(data), encoding="utf-8")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from perpend.errors import UsageError
+
 COMMON = 24
 """How often the first wording lies in a deck."""
 
@@ -58,7 +60,12 @@ def lessons(
 
     Returns:
         The lessons, shuffled.
+
+    Raises:
+        UsageError: there are not so many forms.
     """
+    if not 1 <= forms <= len(wordings.forms):
+        raise UsageError(f"no {forms} forms to ask a prompt in", where="forms", valid=f"1 to {len(wordings.forms)}")
     rng = random.Random(seed)
     deck: list[str] = []
     found: list[Lesson] = []

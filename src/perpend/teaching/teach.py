@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from perpend.errors import MissingExtra
+from perpend.models.load import eager_attention
+from perpend.models.quiet import silenced
 from perpend.progress import track
 
 
@@ -123,11 +126,28 @@ def adapt(model: nn.Module, training: Training, layers: str) -> Any:
         if isinstance(module, nn.Linear) and int(name.split(".")[0]) >= first
     ]
     config = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules=names, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    with silenced():
+        return get_peft_model(model, config)
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].contiguous(), *args[1:])
+
+
+@contextmanager
+def half_precision(wrapped: Any) -> Iterator[None]:
+    """Compute in the base model's dtype where that is narrower than float32; the adapter itself stays float32.
+
+    Elsewhere PEFT would take every module's input to float32 and back.
+    """
+    from peft.helpers import disable_input_dtype_casting
+
+    dtype, device = wrapped.get_base_model().dtype, wrapped.device
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype), disable_input_dtype_casting(wrapped), eager_attention(wrapped):
+        yield
 
 
 def rate(step: int, steps: int, training: Training) -> float:
@@ -170,7 +190,8 @@ def teach(
     for batch in track(plan, "teach", total=sum(map(len, plan)), size=len):
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
         openings = [example.openings or example.reply[:1] for example in batch]
-        loss = reply_loss(wrapped, inputs, openings, training.decision_weight)
+        with half_precision(wrapped):
+            loss = reply_loss(wrapped, inputs, openings, training.decision_weight)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learnt, 1.0)
