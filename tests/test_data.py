@@ -241,6 +241,15 @@ def test_shipped_splits_hold_no_near_duplicates() -> None:
     assert near_duplicates([splits.report.baseline, splits.fit.baseline, splits.select.baseline], 0.5) == []
 
 
+@pytest.mark.parametrize("name", ["target", "baseline"])
+def test_prompts_to_teach_from_share_none_with_the_shipped_splits(name: str) -> None:
+    splits = load_splits(PromptsSection())
+    taught = load_prompts(str(Path(__file__).parents[1] / "examples" / "organism" / f"{name}.txt"))
+    shipped = [getattr(split, name) for split in (splits.fit, splits.select, splits.report)]
+    assert len(taught) == 4748
+    assert [found for found in near_duplicates([*shipped, taught], 0.5) if found[2] in tuple(taught)] == []
+
+
 def test_near_duplicates_are_found_between_sets_only() -> None:
     a, b = (
         Prompt("How do I bake a loaf of rye bread at home?"),
