@@ -268,7 +268,7 @@ def report(data: Data) -> View:
 def control(data: Data) -> Text:
     """Say in one line what a random direction does at the drift of the edit."""
     counted = data["random"]["acceptance"]
-    reached = "at that drift" if data["equal"] else f"at drift {data['drift']['mean']:.3f}, the nearest in reach,"
+    reached = "at that drift" if data["equal"] else f"at drift {data['drift']['mean']:.3f}, the nearest in reach"
     return Text(
         f"a random direction {reached} (weight factors times {data['factor']:.3g}): {counted['share']:.1%} accepted, "
         f"{counted['k']}/{counted['n']}; the measured one {data['edited']['share']:.1%}"
