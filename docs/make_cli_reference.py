@@ -50,10 +50,13 @@ def section(path: str, command: Any) -> Iterator[str]:
     if arguments:
         yield from ("", "| argument | |", "| --- | --- |")
         yield from (f"| `{p.metavar}` | {plain(p.help)} |" for p in arguments)
-    options = [p for p in command.params if p.param_type_name == "option" and p.rich_help_panel]
-    for panel in dict.fromkeys(p.rich_help_panel for p in options):
+    options: dict[str, list[Any]] = {}
+    for option in command.params:
+        if option.param_type_name == "option":
+            options.setdefault(option.rich_help_panel or "Of this command", []).append(option)
+    for panel, of_panel in options.items():
         yield from ("", f"| {panel} | |", "| --- | --- |")
-        yield from (f"| {names(p)} | {plain(p.help)} |" for p in options if p.rich_help_panel == panel)
+        yield from (f"| {names(p)} | {plain(p.help or '')} |" for p in of_panel)
     yield from ("", "```sh", *re.findall(r"perpend .*", Text.from_markup(command.epilog).plain), "```")
 
 
