@@ -164,7 +164,7 @@ class HookMap:
             columns: `[d_out, c]` columns of W, in the map's dtype.
             place: Where in W they are, for the input scale.
         """
-        w = columns - self.factor * self.write.mT @ (self.read @ columns)
+        w = torch.addmm(columns, self.write.mT, self.factor * (self.read @ columns), alpha=-1)
         w = w if self.output_scale is None else w * self.output_scale[:, None]
         return w if self.input_scale is None else w * self.input_scale[place]
 

@@ -52,8 +52,8 @@ OTHER_WEIGHTS = (
 """Files that hold the weights in another format: a copy would be a model without the edit in the same folder."""
 
 COPY_CHUNK = 64 << 20
-BLOCK = 1 << 19
-"""Elements of a matrix that are widened at a time."""
+COLUMNS = 64
+"""Columns of a matrix that are widened at a time: few enough that they stay in the cache, whole groups of a lattice."""
 SHORT = (torch.bfloat16, torch.float16)
 """Dtypes beside which float32 is exact: a plain edit of them is computed in it, five times as fast as in float64."""
 WORKERS = 2
@@ -349,12 +349,9 @@ def edit_in_place(
     Raises:
         RunFailed: a result is not finite in the tensor's dtype.
     """
-    columns = max(1, BLOCK // max(1, tensor.shape[0]))
-    if lattice:
-        columns = max(GROUP, columns // GROUP * GROUP)
     whole, cost = tensor.ndim == 1 or edit.mode == "row", Cost()
     short = HookMap.of(None, edit) if edit.mode == "plain" and tensor.ndim == 2 and tensor.dtype in SHORT else None
-    for block in (tensor,) if whole else torch.split(tensor, columns, dim=1):
+    for block in (tensor,) if whole else torch.split(tensor, COLUMNS, dim=1):
         if lattice and block.ndim == 2:
             exact = edit_weight(block.double(), edit)
             new = preserve(exact, edit.directions, lattice, block.dtype)
