@@ -13,6 +13,7 @@ import suspects
 from perpend.cli.main import main
 from perpend.core.edits import Edit
 from perpend.errors import UsageError
+from perpend.export.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -77,3 +78,17 @@ def test_audit_says_what_is_missing(pico_dir, tmp_path, capsys):
     torch.manual_seed(0)
     assert main(["audit", str(pico_dir("llama"))]) == 0
     assert "no direction is avoided" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_would_be_read_and_reads_no_weights(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("perpend.tasks.diff.examine", lambda *_: pytest.fail("weights were read"))
+    out = tmp_path / "found.safetensors"
+    assert main(["diff", *pair, "-o", str(out), "--dry-run", "--json"]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    sizes = [sum(t.nbytes for t in Checkpoint(folder).tensors.values()) for folder in pair]
+    assert asked["forecast"]["reads"] == asked["forecast"]["bytes_read"] == sum(sizes)
+    assert asked["dry_run"]
+    assert not out.exists()
+    assert main(["diff", pair[0], str(tmp_path / "none"), "--dry-run"]) == 2
+    assert main(["audit", pair[0], "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forecast"]["reads"] == sizes[0]

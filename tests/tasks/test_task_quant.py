@@ -141,6 +141,14 @@ def test_the_command_prints_a_row_per_type_and_json(lattice, capsys):
     assert "unknown type 'q40'" in capsys.readouterr().err
 
 
+def test_a_dry_run_counts_the_states_that_would_reply(lattice, capsys):
+    asked = ["quant", "check", str(lattice / "on"), "--edit", str(lattice / "edit.safetensors"), "--dry-run", "--json"]
+    assert main([*asked, "--limit", "5", "--acceptance", "--types", "q4_0,bf16"]) == 0
+    assert json.loads(capsys.readouterr().out)["forecast"]["prompts"] == 5 * 4  # untouched and edited, own and q4_0
+    assert main(asked) == 0
+    assert json.loads(capsys.readouterr().out)["forecast"]["prompts"] == 0
+
+
 def test_what_cannot_be_surveyed_is_one_line(lattice, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="GGUF"):

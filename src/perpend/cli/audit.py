@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import perpend
-from perpend.cli import render
+from perpend.cli import render, views
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.cli.text import printable
 
@@ -34,7 +34,7 @@ Layer = Annotated[
 
 @command(
     "audit",
-    options=("config", "assignments", "trust_remote_code"),
+    options=("dry_run", "config", "assignments", "trust_remote_code"),
     examples=("audit ./other --directions fit", "audit ./other --directions fit --base google/gemma-3-4b-it"),
     panel=MEASURE,
 )
@@ -48,9 +48,15 @@ def audit(
     """
     recipe = request.recipe(model)
     result = perpend.audit(
-        recipe.model.id, directions=directions, base=base, layer=layer, recipe=recipe, machine=request.machine()
+        recipe.model.id,
+        directions=directions,
+        base=base,
+        layer=layer,
+        recipe=recipe,
+        machine=request.machine(),
+        dry_run=request.dry_run,
     )
-    request.out.result(result, view)
+    request.out.result(result, views.planned if request.dry_run else view)
 
 
 def view(data: dict[str, Any]) -> Iterator[RenderableType]:

@@ -40,6 +40,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 @command(
     "diff",
+    options=("dry_run",),
     examples=("diff google/gemma-3-4b-it ./other", "diff ./base ./other --third ./parent --json"),
     panel=MEASURE,
 )
@@ -49,7 +50,8 @@ def diff(base: Base, other: Other, third: Third = None, output: Recovered = None
     From the weights alone, tensor by tensor: an ablation with its direction, side, strength per layer and kernel, an
     adapter, a fine-tune, a merge, a round trip through a quantised format, noise; and how sure that is.
     """
-    request.out.result(perpend.diff(base, other, third=third, output=output), view)
+    result = perpend.diff(base, other, third=third, output=output, dry_run=request.dry_run)
+    request.out.result(result, views.planned if request.dry_run else view)
 
 
 def view(data: dict[str, Any]) -> Iterator[RenderableType]:

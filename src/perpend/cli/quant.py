@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import perpend
-from perpend.cli import render
+from perpend.cli import render, views
 from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.cli.text import printable
@@ -39,6 +39,7 @@ Acceptance = Annotated[
     options=(
         "edit",
         "rounding",
+        "dry_run",
         *RECIPE_FLAGS,
         *PROMPT_FLAGS,
         *REPLY_FLAGS,
@@ -70,8 +71,9 @@ def check(
         acceptance=acceptance,
         recipe=recipe,
         machine=request.machine(),
+        dry_run=request.dry_run,
     )
-    request.out.result(result, view)
+    request.out.result(result, views.planned if request.dry_run else view)
 
 
 def view(data: dict[str, Any]) -> Iterator[RenderableType]:

@@ -17,7 +17,8 @@ from perpend.errors import UsageError
 from perpend.forensics.audit import AVOIDED, Avoided, Writers, Written, audit_writers, avoided
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
-from perpend.tasks.diff import checkpoint_of
+from perpend.tasks.checkpoints import checkpoint_of, reading
+from perpend.tasks.forecast import Planned
 from perpend.tasks.recipes import DIRECTIONS, EDIT
 
 
@@ -77,7 +78,8 @@ def audit(
     layer: int | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-) -> Audit:
+    dry_run: bool = False,
+) -> Audit | Planned:
     """Measure how much of a direction the writers of a model still write, from the weights alone.
 
     Args:
@@ -90,11 +92,16 @@ def audit(
             own.
         recipe: Overrides of the anatomy.
         machine: Whether the model's own Python code may run.
+        dry_run: Only say what would be read.
 
     Raises:
         UsageError: the model or the directions cannot be read, or do not fit each other.
     """
     started, recipe = time.monotonic(), recipe or Recipe()
+    if directions is None and (base is not None or layer is not None):
+        raise UsageError("--base and --layer need a direction to ask for", hint="--directions FILE")
+    if dry_run:
+        return reading("audit", [model, *([base] if base else [])], machine or Machine())
     source = checkpoint_of(model)
     bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
@@ -102,8 +109,6 @@ def audit(
     rows: list[Written] = []
     search: list[Avoided] = []
     if directions is None:
-        if base is not None or layer is not None:
-            raise UsageError("--base and --layer need a direction to ask for", hint="--directions FILE")
         search = avoided(writers)
     else:
         asked = _asked(Path(directions), anatomy, layer)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.core.kinds import Mode
-from perpend.errors import UsageError
 from perpend.forensics.examine import Examination, examine
-from perpend.refs import ModelRef, Resolved
+from perpend.tasks.checkpoints import checkpoint_of, reading
+from perpend.tasks.forecast import Planned
 from perpend.tasks.output import require_free
 
 
@@ -40,19 +41,9 @@ class Diff:
         }
 
 
-def checkpoint_of(model: str) -> Resolved:
-    """Return where a safetensors checkpoint is; downloaded first where it is not here.
-
-    Raises:
-        UsageError: no such model, or a GGUF file.
-    """
-    source = ModelRef.parse(model).resolve()
-    if source.gguf_file:
-        raise UsageError("a GGUF file: only safetensors checkpoints are compared", where=model)
-    return source
-
-
-def diff(base: str, other: str, *, third: str | None = None, output: Path | None = None) -> Diff:
+def diff(
+    base: str, other: str, *, third: str | None = None, output: Path | None = None, dry_run: bool = False
+) -> Diff | Planned:
     """Tell what was done to `base` to make `other`, from the weights alone.
 
     Both are read tensor by tensor, and no model is built: at most two tensors (three with `third`) are in memory.
@@ -62,6 +53,7 @@ def diff(base: str, other: str, *, third: str | None = None, output: Path | None
         other: The same, of the same architecture.
         third: A model that `other` may be a merge with.
         output: File to write a recovered ablation to, as `edit.safetensors` of `perpend fit`.
+        dry_run: Only say what would be read and written.
 
     Raises:
         UsageError: a checkpoint cannot be read, they have no tensor in common, or `output` is there already.
@@ -70,6 +62,8 @@ def diff(base: str, other: str, *, third: str | None = None, output: Path | None
     started = time.monotonic()
     if output is not None:
         require_free(Path(output))
+    if dry_run:
+        return reading("diff", [base, other, *([third] if third else [])], Machine(), output=output)
     found = examine(
         checkpoint_of(base).path, checkpoint_of(other).path, checkpoint_of(third).path if third is not None else None
     )

@@ -23,7 +23,7 @@ from perpend.models.anatomy import Anatomy
 from perpend.models.gguf import layout
 from perpend.models.load import skeleton
 from perpend.progress import note
-from perpend.tasks.diff import checkpoint_of
+from perpend.tasks.checkpoints import checkpoint_of
 from perpend.tasks.gate import require_untouched
 from perpend.tasks.gguf import is_gguf, provenance
 from perpend.tasks.output import require_free, require_no_partial

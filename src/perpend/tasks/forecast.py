@@ -130,7 +130,7 @@ def forecast(
     placed = _placed(bare, memory, machine, device, model)
     times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
     read = None if size is None or placed is None else (placed.read * times or size) + (4 * size if bakes else 0)
-    slow = 0.0 if read is None else read / _rate(ref)
+    slow = 0.0 if read is None else read / reading_rate(ref)
     where = next(p for p in (output or Path()).absolute().parents if p.exists())
     return Forecast(
         reads=size,
@@ -191,7 +191,7 @@ def _passes(recipe: Recipe, fits: bool, measures: int, bakes: bool) -> int:
     return found + (measures + 2 * bakes) * recipe.eval.max_new_tokens + 2 * bakes + 2 * (measures > 1)
 
 
-def _rate(ref: ModelRef) -> float:
+def reading_rate(ref: ModelRef) -> float:
     """Return the bytes per second at which a part of the model's files is read now, from the disk where that can be."""
     path = max(files(ref.resolve(fetch=False).path), key=lambda p: p.stat().st_size)
     end = path.stat().st_size

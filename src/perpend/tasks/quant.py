@@ -5,20 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.core.quant import LEVELS, RANGES, on_lattice
+from perpend.data import load_splits
 from perpend.errors import UsageError, nearest
 from perpend.export.checkpoint import Checkpoint
 from perpend.export.survey import Survey, Surveyed
 from perpend.export.verify import TOLERANCE
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
-from perpend.tasks.diff import checkpoint_of
+from perpend.tasks.checkpoints import checkpoint_of, reading
+from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.quant_replies import Replies, replies
 from perpend.tasks.recipes import beside, find_edit, laid_over
 
@@ -119,7 +121,8 @@ def quant_check(
     acceptance: bool = False,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-) -> QuantCheck:
+    dry_run: bool = False,
+) -> QuantCheck | Planned:
     """Simulate plain passes of llama.cpp over the writers of a model, untouched and edited.
 
     Weights alone, each matrix read once, unless acceptance is asked for.
@@ -133,6 +136,7 @@ def quant_check(
             the model by itself.
         recipe: Rounding of the edit (`export.rounding`), prompts and judges, by default those beside the edit.
         machine: Device and dtype of the replies.
+        dry_run: Only say what would be read and answered.
 
     Raises:
         UsageError: the model or the edit cannot be read, or an unknown type.
@@ -148,6 +152,9 @@ def quant_check(
         chosen = find_edit(Path(edit))
         made = beside(Path(edit), chosen)
         recipe = laid_over(recipe, made, Path(edit)) if made else recipe
+    lattices = [kind for kind in types if kind != "bf16"]
+    if dry_run:
+        return _planned(model, recipe, machine or Machine(), chosen, lattices if acceptance else None)
     source = checkpoint_of(model)
     bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
@@ -155,8 +162,21 @@ def quant_check(
     rows = tuple(Survey(Checkpoint(source.path), bare, anatomy, chosen).rows(types, rounding))
     said = None
     if acceptance:
-        lattices = [kind for kind in types if kind != "bf16"]
         said = replies(model, chosen, lattices, recipe, machine or Machine())
     passes = tuple(Pass.of(kind, rows) for kind in types)
     name = None if edit is None else str(edit)
     return QuantCheck(model, name, passes, rows, said, round(time.monotonic() - started, 1), rounding)
+
+
+def _planned(
+    model: str, recipe: Recipe, machine: Machine, edit: Edit | None, lattices: Sequence[str] | None
+) -> Planned:
+    """Say what a check would read and answer; without replies no model is built."""
+    if lattices is None:
+        return reading("quant check", [model], machine)
+    states = (1 + len(lattices)) * (1 if edit is None else 2)
+    splits = load_splits(recipe.prompts)
+    targets = replace(splits.report, baseline=splits.report.baseline.subset([]))
+    alone = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"control_prompts": 0})})
+    asked = forecast(model, alone, machine, splits=replace(splits, report=targets), measures=states, edit=edit)
+    return Planned("quant check", model, None, replace(asked, writes=0, edited_modules=len(edit) if edit else None))

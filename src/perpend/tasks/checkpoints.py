@@ -1,0 +1,77 @@
+"""Checkpoints that are examined tensor by tensor: no model is built of them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from perpend.config import Machine
+from perpend.errors import UsageError
+from perpend.export.checkpoint import Checkpoint
+from perpend.models.headers import TensorEntry
+from perpend.models.memory import free_memory, pick_device
+from perpend.refs import ModelRef, Resolved
+from perpend.tasks.forecast import Forecast, Planned, reading_rate
+
+
+def checkpoint_of(model: str, *, fetch: bool = True) -> Resolved:
+    """Return where a safetensors checkpoint is; downloaded first where it is not here.
+
+    Args:
+        model: Hub id with `@revision`, or directory.
+        fetch: Download what is missing; else only what the cache holds counts.
+
+    Raises:
+        UsageError: no such model, or a GGUF file.
+    """
+    source = ModelRef.parse(model).resolve(fetch=fetch)
+    if source.gguf_file:
+        raise UsageError("a GGUF file: only safetensors checkpoints are compared", where=model)
+    return source
+
+
+def reading(task: str, models: Sequence[str], machine: Machine, *, output: Path | None = None) -> Planned:
+    """Say what a task would read that goes through checkpoints tensor by tensor and builds no model.
+
+    Args:
+        task: Its name.
+        models: Hub ids or directories; nothing is fetched.
+        machine: Where.
+        output: File that would be written.
+
+    Raises:
+        UsageError: a checkpoint that is here cannot be read.
+    """
+    here = [_tensors(model) for model in models]
+    known = [tensors for tensors in here if tensors is not None]
+    complete = len(known) == len(here)
+    size = sum(t.nbytes for tensors in known for t in tensors) if complete else None
+    where = next(p for p in (output or Path()).absolute().parents if p.exists())
+    asked = Forecast(
+        reads=size,
+        writes=1 << 20 if output else 0,
+        disk_free=shutil.disk_usage(where).free,
+        memory=sum(max(t.nbytes for t in tensors) for tensors in known) if complete else None,
+        memory_free=free_memory(pick_device(machine.device), machine.memory),
+        parameters=None if here[0] is None else sum(math.prod(t.shape) for t in here[0]),
+        edited_modules=None,
+        edited_parameters=None,
+        prompts=0,
+        new_tokens=0,
+        seconds=round(size / reading_rate(ModelRef.parse(models[0])), 1) if size is not None else None,
+        bytes_read=size,
+    )
+    return Planned(task, models[0], str(output) if output else None, asked)
+
+
+def _tensors(model: str) -> list[TensorEntry] | None:
+    """Return the tensors of a checkpoint; None where it is on the hub alone."""
+    try:
+        source = checkpoint_of(model, fetch=False)
+    except UsageError:
+        if ModelRef.parse(model).kind == "hub":
+            return None
+        raise
+    return list(Checkpoint(source.path).tensors.values())
