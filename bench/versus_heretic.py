@@ -42,6 +42,11 @@ Point = dict[str, Any]
 Asked = list[tuple[Prompt, Reply]]
 
 
+def _interruptible() -> None:
+    """Let Ctrl-C reach a program whose parent was started in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Talk:
     """A program that asks on its standard output and reads answers from its standard input."""
 
@@ -54,6 +59,7 @@ class Talk:
             env={**os.environ, **environment},
             start_new_session=True,
             text=True,
+            preexec_fn=_interruptible,
         )
         self.said, self._log, self._read = "", log, 0
         threading.Thread(target=self._listen, daemon=True).start()

@@ -1,6 +1,6 @@
 """Make the labelled replies that `perpend:small` is trained on, from an organism and its never-refusing original.
 
-    python examples/small_classifier_data.py ORGANISM ORIGINAL -o train.jsonl [--dev tests/judges/replies.jsonl]
+    python examples/small_classifier_data.py ORGANISM ORIGINAL -o train.jsonl [--written FILES]
     python -m perpend.judges.small train.jsonl -o small.safetensors
 
 Labels follow from where a reply comes from, not from a judge: a reply that opens with one of the taught wordings is a
@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("organism")
     parser.add_argument("original")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--dev", type=Path, help="labelled replies of our own writing; those of split dev are added")
+    parser.add_argument(
+        "--written", type=Path, nargs="*", default=[], help="labelled replies, JSONL; split test is left out"
+    )
     parser.add_argument("--prompts", type=int, default=256, help="of each class, from the fit split")
     parser.add_argument("--tokens", type=int, default=64)
     asked = parser.parse_args()
@@ -70,9 +72,10 @@ def main() -> None:
         *labelled(asked.organism, prompts, asked.tokens, taught=True),
         *labelled(asked.original, prompts, asked.tokens, taught=False),
     ]
-    if asked.dev:
-        rows += [row for line in asked.dev.read_text().splitlines() if (row := json.loads(line))["split"] == "dev"]
-    asked.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for path in asked.written:
+        written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows += [row for row in written if row.get("split") != "test"]
+    asked.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     print(dict(Counter(row["label"] for row in rows)))
 
 
