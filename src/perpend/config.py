@@ -186,9 +186,13 @@ class SearchSection(_Section):
     knee of the front."""
     min_acceptance: float | None = Field(default=None, gt=0, le=1)
     """Choose the least drift with at least this acceptance rate on the select split."""
+    max_broken: float = Field(default=0.1, ge=0, le=1)
+    """Share by which broken replies (looping, garbled) of the chosen edit may exceed the untouched model's; a target
+    is compared with the larger of the untouched model's shares on targets and on baselines, which it answers."""
 
 
-BUDGET = ("trials", "minutes", "patience", "refine", "survivors", "finalists", "max_drift", "min_acceptance")
+CHOICE = ("survivors", "finalists", "max_drift", "min_acceptance", "max_broken")
+BUDGET = ("trials", "minutes", "patience", "refine", *CHOICE)
 """Keys of the search that do not change what a trial is: they may change when a search goes on."""
 
 

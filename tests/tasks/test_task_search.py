@@ -8,6 +8,9 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +30,9 @@ from perpend.errors import Interrupted, RunFailed, UsageError
 from perpend.judges.judgement import Rate
 from perpend.models.session import Session
 from perpend.searching.forward import Scorer
+from perpend.searching.front import Rule
 from perpend.searching.study import Ledger, Outcome
+from perpend.tasks.broken import Bar, Broken
 from perpend.tasks.finalists import Correlation, Point
 from perpend.tasks.run import Run, run
 from perpend.tasks.search import Asked, Joined, search
@@ -296,6 +301,98 @@ def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, t
     if difference is None:
         assert made.found.refinement.accepted is None
         assert "no prompt was judged both before and after" in str(made.found.refinement)
+
+
+def broken(target: int, baseline: int, n: int = 10) -> Broken:
+    return Broken(Rate(target, n), Rate(baseline, n))
+
+
+def test_a_target_may_be_broken_as_often_as_what_the_untouched_model_answers_and_a_margin():
+    bar = Bar(broken(0, 2), 0.1)
+    assert (bar.target, bar.baseline) == pytest.approx((0.3, 0.3))
+    assert bar.excess(broken(3, 3)) == bar.excess(broken(0, 0)) == 0
+    assert bar.excess(broken(5, 3)) == pytest.approx(0.2)
+    assert bar.excess(broken(0, 4)) == pytest.approx(0.1)
+    assert (
+        bar.told(broken(5, 3))
+        == "broken replies 0/10 → 5/10 of targets (at most 30%), 2/10 → 3/10 of baselines (at most 30%)"
+    )
+
+
+def test_more_candidates_are_judged_where_all_that_were_are_broken():
+    ranked = [replace(point(-k, 1), name=str(k)) for k in range(8)]
+    bar, sound = Bar(broken(0, 2), 0.1), set()
+
+    def fully(p):
+        return replace(p, broken=broken(0 if p.name in sound else 9 - int(p.name), 2))
+
+    assert [p.name for p in finalists._judged(ranked, 2, bar, fully)] == ["0", "1", "2", "3"]
+    sound.add("2")
+    found = finalists._judged(ranked, 2, bar, fully)
+    assert [p.name for p in found] == ["0", "1", "2"]
+    assert finalists._taken(Rule(), found, {"acceptance": 0.0}, bar).name == "2"
+    assert finalists._taken(Rule(), found[:2], {"acceptance": 0.0}, bar).name == "1"  # the least broken
+
+
+@contextmanager
+def looping(looped: set[str]) -> Iterator[None]:
+    """Let every full-length reply under the edits of these hashes go round and round."""
+    generate, edited, now = Session.generate, Session.edited, []
+
+    @contextmanager
+    def watched(self, edit):
+        with edited(self, edit):
+            now.append(edit.sha256)
+            yield
+            now.pop()
+
+    def said(self, prompts, *, max_new_tokens=128, **more):
+        replies = generate(self, prompts, max_new_tokens=max_new_tokens, **more)
+        if max_new_tokens > 4 or not looped.intersection(now):
+            return replies
+        return [replace(r, text="Take bread and water and go to the fox. " * 20) for r in replies]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "edited", watched)
+        patch.setattr(Session, "generate", said)
+        yield
+
+
+def test_what_buys_acceptance_with_looping_replies_is_not_chosen(done, pico_dir, tmp_path, capsys):
+    loops = done[1].fitted.edit.sha256
+    words = typed(done[0], pico_dir("llama"), "--storage", str(done[0] / "out" / "study.log"))
+    words[words.index("-o") + 1] = str(tmp_path / "out")
+    with looping({loops}):
+        assert main(words) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    front = json.loads((tmp_path / "out" / "front.json").read_text())
+    points = {p["name"]: p for p in front["front"]}
+    ruined = points[done[1].found.chosen.name]
+    assert (ruined["broken"]["k"], ruined["broken_baselines"]["k"], ruined["chosen"]) == (4, 4, False)
+    assert front["chosen"]["broken"]["k"] == front["broken"]["untouched"]["target"]["k"] == 0
+    assert front["broken"]["kept"]
+    assert "broken replies 0/4 → 0/4 of targets (at most 10%), 0/4 → 0/4 of baselines" in said
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_a_refinement_that_loops_is_not_taken(done, pico_dir, tmp_path, monkeypatch, loops):
+    refined, looped = finalists._refined, set()
+
+    def watched(site, start, replies):
+        found = refined(site, start, replies)
+        looped.update(replies.edit(p).sha256 for p in found if loops)
+        return found
+
+    monkeypatch.setattr(finalists, "_refined", watched)
+    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, to_json=dict))
+    order = lambda rule, points, untouched: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    monkeypatch.setattr(finalists, "_ordered", order)
+    with looping(looped):
+        asked = recipe(done[0], refine=5, prompts=2, trials=6)
+        made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
+    assert ("refined" in made.found.chosen.name) != loops
+    assert made.found.refinement.confirmed != loops
+    assert ("0/4 → 4/4 of targets (at most 10%), 0/2 → 2/2 of baselines" in str(made.found.refinement)) == loops
 
 
 def test_models_that_hold_other_weights_share_no_study(pico_dir, tmp_path):

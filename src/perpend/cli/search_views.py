@@ -26,19 +26,23 @@ def openings(data: Data) -> View:
 
 def found(data: Data) -> View:
     """Show the front with intervals, the chosen edit in words, and how far the score is to be trusted."""
-    right = ("refusal", "drift", "accepted", "broken")
+    broken = ("broken", "baselines broken")
+    right = ("refusal", "drift", "accepted", *broken)
     made = render.table(
-        "Front of the search, select split", "", *right[:2], "95 %", "accepted", "95 %", "broken", right=right
+        "Front of the search, select split", "", *right[:2], "95 %", "accepted", "95 %", *broken, right=right
     )
+    before, score = data["broken"]["untouched"], data["untouched"]["refusal"]
+    counts = [_count(before[name]) for name in ("target", "baseline")]
+    made.add_row("untouched", f"{score:.3f}", "0", "", f"{data['untouched']['acceptance']:.1%}", "", *counts)
     for point in data["points"]:
-        broken = point["broken"]
         made.add_row(
             f"{point['name']}{' *' if point['chosen'] else ''}",
             f"{point['refusal']:.3f}",
             f"{point['drift']:.4f}",
             Text(render.span(point["drift_interval"], ".4f"), style="dim"),
             *render.rate(point["acceptance"] or point["accepted_shortly"]),
-            f"{broken['k']}/{broken['n']}" if broken else "–",
+            _count(point["broken"]),
+            _count(point["broken_baselines"]),
             style="bold" if point["chosen"] else "" if point["on_front"] else "dim",
         )
     yield made
@@ -53,8 +57,13 @@ def found(data: Data) -> View:
         yield Text(printable(data["refinement"]["text"]), style="dim")
     chosen = data["chosen"]
     yield Text(f"chosen, {printable(data['rule'])}: {chosen['name']}: {chosen['words']}", style="bold")
+    yield Text(printable(data["broken"]["text"]), style="" if data["broken"]["kept"] else "yellow")
     if not data["met"]:
         yield Text(f"no finalist has {printable(data['rule'])}: the nearest was taken", style="yellow")
+
+
+def _count(rate: Data | None) -> str:
+    return f"{rate['k']}/{rate['n']}" if rate else "–"
 
 
 def written(data: Data) -> View:

@@ -7,13 +7,14 @@ split, and the rule takes one. The report split is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from perpend.core.edits import Edit
 from perpend.core.stats import spearman
+from perpend.data import PromptPair
 from perpend.errors import PerpendError, RunFailed, UsageError
 from perpend.fitting.behaviour import TOKENS, Behaviour, labels
 from perpend.judges.judgement import Judgement, Rate
@@ -26,7 +27,8 @@ from perpend.searching.front import CEILING, Rule, front, spread_out
 from perpend.searching.refine import refine
 from perpend.searching.study import Outcome, Trial, View
 from perpend.searching.workers import pair, scored
-from perpend.tasks.measure import ask, judge
+from perpend.tasks.broken import Bar, Broken
+from perpend.tasks.measure import Measured, measure
 from perpend.tasks.trials import Site, Tell, edge, failures, rounded
 
 OTHERS = 4
@@ -35,6 +37,8 @@ POOR = 0.6
 """Spearman correlation of score and replies below which the score is not relied on."""
 FEWEST = 4
 """Candidates below which no correlation is told."""
+REFINED = "gradient"
+"""Origin of a refined candidate."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Point:
     refused_shortly: Rate | None = None
     judged: Judgement | None = None
     """Of all targets of the select split, at full length."""
+    broken: Broken | None = None
+    """Replies at full length that cannot be read, of both classes."""
 
     @property
     def acceptance(self) -> float:
@@ -73,7 +79,8 @@ class Point:
             "refused_shortly": refused.to_json() if refused else None,
             "acceptance": judged.acceptance.to_json() if judged else None,
             "refused": judged.rate(Label.REFUSE).to_json() if judged else None,
-            "broken": judged.rate(Label.BROKEN).to_json() if judged else None,
+            "broken": self.broken.target.to_json() if self.broken else None,
+            "broken_baselines": self.broken.baseline.to_json() if self.broken else None,
             "words": self.candidate.words(n_layers),
             "candidate": self.candidate.to_json(),
             "weights": self.candidate.weights(n_layers),
@@ -110,20 +117,22 @@ class Refinement:
     refined: Point
     accepted: Comparison | None
     """Paired; None where the score has read all targets of the select split, or no judge can tell of the others."""
+    bar: Bar
     why: str = ""
     """Why there is no comparison."""
 
     @property
     def confirmed(self) -> bool:
-        """Whether it does not accept fewer of the targets that nothing has read; true where there are none."""
-        return self.accepted is None or self.accepted.difference >= 0
+        """Whether it keeps to the bar and accepts no fewer of the targets that nothing has read, where some are."""
+        return _excess(self.refined, self.bar) <= 0 and (self.accepted is None or self.accepted.difference >= 0)
 
     def __str__(self) -> str:
         spent = f"drift {self.start.outcome.drift:.4f} → {self.refined.outcome.drift:.4f}"
         scored = f"refusal {self.start.outcome.refusal:.3f} → {self.refined.outcome.refusal:.3f}"
         held_out = f"held-out targets: {self.accepted}" if self.accepted else self.why
+        broken = self.bar.told(self.refined.broken) if self.refined.broken else "not judged"
         taken = "" if self.confirmed else "; not taken"
-        return f"{self.refined.name}: {scored}, {spent}; {held_out}{taken}"
+        return f"{self.refined.name}: {scored}, {spent}; {held_out}; {broken}{taken}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -149,6 +158,8 @@ class Found:
     study: Mapping[str, Any]
     """Its name, sampler, arguments and version, and how the openings of the score were found."""
     n_layers: int
+    bar: Bar
+    """How many replies may be broken."""
     refinement: Refinement | None = None
     """None where there was none."""
 
@@ -156,6 +167,12 @@ class Found:
     def met(self) -> bool:
         """Whether the chosen candidate is within the bounds of the rule, on the select split."""
         return self.rule.met(self.chosen.acceptance, self.chosen.outcome.drift)
+
+    @property
+    def broken(self) -> str:
+        """How many replies are broken before and after the chosen edit, and whether that is more than is allowed."""
+        told = self.bar.told(self.chosen.broken) if self.chosen.broken else "no reply was judged"
+        return told + ("; no finalist keeps to that" if _excess(self.chosen, self.bar) > 0 else "")
 
     @cached_property
     def front(self) -> list[dict[str, Any]]:
@@ -178,6 +195,7 @@ class Found:
             },
             "untouched": dict(self.untouched),
             "chosen": self.chosen.to_json(self.n_layers),
+            "broken": {**self.bar.to_json(), "kept": _excess(self.chosen, self.bar) <= 0, "text": self.broken},
             "refinement": self.refinement.to_json() if self.refinement else None,
             "study": dict(self.study),
             "points": self.front,
@@ -209,17 +227,25 @@ class Replies:
         return replace(point, accepted_shortly=accepted, refused_shortly=Rate(refused, len(said)))
 
     def fully(self, point: Point) -> Point:
-        """Let a candidate reply at full length to all targets of the select split; the whole panel labels."""
-        prompts, edit = self._site.splits.select.target.prompts, self.edit(point)
+        """Let a candidate reply at full length; the whole panel labels."""
+        edit = self.edit(point)
         with self._site.session.edited(edit):
-            replies = ask(self._site.session, prompts, self._site.recipe, self._stores(f"full-{edit.sha256[:12]}"))
-        return replace(point, judged=judge(prompts, replies, self._panel).judged)
+            said = self._measured(f"full-{edit.sha256[:12]}")
+        judged = said.target.judged
+        return replace(point, judged=judged, broken=Broken.of(judged, said.baseline.judged))
 
-    def untouched(self) -> Rate:
-        """Return how much the untouched model accepts, judged as `fully` judges a candidate."""
-        prompts = self._site.splits.select.target.prompts
-        replies = ask(self._site.session, prompts, self._site.recipe, self._stores("full-untouched"))
-        return judge(prompts, replies, self._panel).judged.acceptance
+    def untouched(self) -> tuple[Rate, Broken]:
+        """Return how much the untouched model accepts, judged as `fully` judges a candidate, and what is broken."""
+        said = self._measured("full-untouched")
+        return said.target.judged.acceptance, Broken.of(said.target.judged, said.baseline.judged)
+
+    def _measured(self, store: str) -> Measured:
+        """Judge replies to all targets of the select split, and to as many baselines as a candidate is scored on."""
+        select, recipe = self._site.splits.select, self._site.recipe
+        baseline = select.baseline.subset(select.baseline.prompts[: recipe.search.prompts])
+        return measure(
+            self._site.session, PromptPair(select.target, baseline), recipe, self._panel, store=self._stores(store)
+        )
 
     def edit(self, point: Point) -> Edit:
         """Return the edit of a candidate."""
@@ -257,17 +283,24 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     note(str(correlation))
     if correlation.poor:
         points += shortly(_more(view, points, search.survivors))
-    best = _ordered(rule, points, untouched)[: search.finalists * (2 if correlation.poor else 1)]
-    refined = _refined(site, best[0], replies)
-    finalists = [replies.fully(point) for point in [*best, *refined]]
-    for point in finalists:
-        tell("finalist", point.to_json(site.session.n_layers))
-    refinement = _refinement(finalists[0], finalists[-1], replies, search.prompts) if refined else None
-    if refinement is not None:
+    ranked = _ordered(rule, points, untouched)
+    accepted, broken = replies.untouched()
+    untouched["acceptance"], bar = accepted.share, Bar(broken, search.max_broken)
+
+    def fully(point: Point) -> Point:
+        found = replies.fully(point)
+        tell("finalist", found.to_json(site.session.n_layers))
+        return found
+
+    finalists = _judged(ranked, search.finalists * (2 if correlation.poor else 1), bar, fully)
+    start = _taken(rule, finalists, untouched, bar)
+    finalists += map(fully, _refined(site, start, replies))
+    refinement = None
+    if finalists[-1].origin == REFINED:
+        refinement = _refinement(start, finalists[-1], bar, replies, search.prompts)
         note(str(refinement))
-    untouched["acceptance"] = replies.untouched().share
     fit = finalists[:-1] if refinement is not None and not refinement.confirmed else finalists
-    chosen = _ordered(rule, fit, untouched)[0]
+    chosen = _taken(rule, fit, untouched, bar)
     known = {p.name: p for p in [*(_point(t, True, site) for t in on_front), *points, *finalists]}
     found = Found(
         points=tuple(sorted(known.values(), key=lambda p: p.outcome.drift)),
@@ -279,8 +312,10 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
         untouched=untouched,
         study=_study(site),
         n_layers=site.session.n_layers,
+        bar=bar,
         refinement=refinement,
     )
+    note(found.broken)
     if not found.met:
         note(f"no finalist has {rule}: the nearest is taken")
     return found
@@ -312,11 +347,31 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     if found.candidate == start.candidate:
         note(f"{search.refine} gradient steps found nothing better than {start.name}")
         return []
-    made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), "gradient", start.on_front)
+    made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), REFINED, start.on_front)
     return [replies.shortly(made)]
 
 
-def _refinement(start: Point, refined: Point, replies: Replies, read: int) -> Refinement:
+def _judged(ranked: Sequence[Point], n: int, bar: Bar, fully: Callable[[Point], Point]) -> list[Point]:
+    """Judge the first `n` points at full length, and where none of them keeps to the bar, as many again at most."""
+    found: list[Point] = []
+    for point in ranked[: 2 * n]:
+        if len(found) >= n and any(_excess(p, bar) <= 0 for p in found):
+            break
+        found.append(fully(point))
+    return found
+
+
+def _excess(point: Point, bar: Bar) -> float:
+    return bar.excess(point.broken) if point.broken else 0.0
+
+
+def _taken(rule: Rule, points: Sequence[Point], untouched: Mapping[str, float], bar: Bar) -> Point:
+    """Return the point that the rule takes of those that keep to the bar, or of those that exceed it least."""
+    least = min(_excess(point, bar) for point in points)
+    return _ordered(rule, [point for point in points if _excess(point, bar) <= least], untouched)[0]
+
+
+def _refinement(start: Point, refined: Point, bar: Bar, replies: Replies, read: int) -> Refinement:
     """Compare a candidate with what became of it on targets that are held out from the score."""
     seen = {prompt.id for prompt, _ in replies.behaviour.refused[:read]}
     sides = [
@@ -325,11 +380,11 @@ def _refinement(start: Point, refined: Point, replies: Replies, read: int) -> Re
         if p.judged
     ]
     if not sides[0].replies:
-        return Refinement(start, refined, None, "no target is held out from the score")
+        return Refinement(start, refined, None, bar, "no target is held out from the score")
     try:
-        return Refinement(start, refined, compare(*sides))
+        return Refinement(start, refined, compare(*sides), bar)
     except UsageError as error:
-        return Refinement(start, refined, None, f"held-out targets: {error.what}")
+        return Refinement(start, refined, None, bar, f"held-out targets: {error.what}")
 
 
 def _point(trial: Trial, on_front: bool, site: Site) -> Point:

@@ -222,7 +222,9 @@ def _work(recipe: Recipe, splits: Splits | None, fits: bool, measures: int, bake
 def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
     """Return prompts that trials and candidates read, and tokens that candidates generate at most."""
     search, targets = recipe.search, len(splits.select.target)
-    shortly, fully = search.survivors * min(search.prompts, targets), search.finalists * targets
+    read = targets + min(search.prompts, len(splits.select.baseline))
+    judged = search.finalists + 1 + bool(search.refine)  # the untouched model too
+    shortly, fully = search.survivors * min(search.prompts, targets), judged * read
     runs = 2 * search.trials * min(search.prompts, targets) + shortly + fully
     return runs, shortly * TOKENS + fully * recipe.eval.max_new_tokens
 
