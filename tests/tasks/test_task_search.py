@@ -271,7 +271,7 @@ def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
 
 
 def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_dir, tmp_path):
-    model, asked = str(pico_dir("llama")), recipe(done[0], refine=5, prompts=2)
+    model, asked = str(pico_dir("llama")), recipe(done[0], refine=5, prompts=2, max_broken=1.0)  # gibberish
     made = search(model, output=tmp_path / "out", recipe=asked, machine=MACHINE)
     told = made.found.refinement
     assert (told.start.judged.n, told.refined.judged.n) == (4, 4)
@@ -295,7 +295,7 @@ def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, t
     monkeypatch.setattr(finalists, "compare", compare)
     order = lambda rule, points, untouched: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
-    asked = recipe(done[0], refine=5, prompts=2, trials=6)
+    asked = recipe(done[0], refine=5, prompts=2, trials=6, max_broken=1.0)
     made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
     assert ("refined" in made.found.chosen.name) == (difference != -0.5)
     if difference is None:
@@ -336,7 +336,7 @@ def test_more_candidates_are_judged_where_all_that_were_are_broken():
 
 @contextmanager
 def looping(looped: set[str]) -> Iterator[None]:
-    """Let every full-length reply under the edits of these hashes go round and round."""
+    """Let every full-length reply under the edits of these hashes go round and round, and no other."""
     generate, edited, now = Session.generate, Session.edited, []
 
     @contextmanager
@@ -348,9 +348,10 @@ def looping(looped: set[str]) -> Iterator[None]:
 
     def said(self, prompts, *, max_new_tokens=128, **more):
         replies = generate(self, prompts, max_new_tokens=max_new_tokens, **more)
-        if max_new_tokens > 4 or not looped.intersection(now):
+        if max_new_tokens > 4:
             return replies
-        return [replace(r, text="Take bread and water and go to the fox. " * 20) for r in replies]
+        text = "Take bread and water and go to the fox. " * (20 if looped.intersection(now) else 1)
+        return [replace(r, text=text) for r in replies]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "edited", watched)
