@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import pico as pico_models
+import postgres as postgres_server
 
 torch.set_num_threads(1)
 
@@ -39,6 +40,13 @@ def pico_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def pico_model() -> Callable[..., torch.nn.Module]:
     """`pico_model("llama", hidden_size=64)` is a fresh model in memory, in evaluation mode."""
     return pico_models.build
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL server of its own; the test is skipped where that is not installed."""
+    with postgres_server.running(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
 
 
 @pytest.fixture

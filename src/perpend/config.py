@@ -173,6 +173,8 @@ class SearchSection(_Section):
     """Candidates of a generation that one worker scores together."""
     prompts: int = Field(default=48, ge=2)
     """Prompts of each class, of the select split, on which a candidate is scored."""
+    delayed: bool = False
+    """Whether the score also asks for refusals that come after a compliant beginning."""
     max_rank: int = Field(default=2, ge=1)
     """Most directions per module (k) that are tried."""
     refine: int = Field(default=20, ge=0)

@@ -35,6 +35,20 @@ def test_a_model_that_has_lost_the_language_is_between_one_that_refuses_and_one_
     assert odds(complying) < -5 < 0 < 5 < odds(refusing)
 
 
+def test_a_refusal_that_comes_late_counts_as_one_as_far_as_it_is_likely():
+    late = Question(ASKED.prompt, ASKED.refusals, ASKED.compliant, ((4, 5, 1, 2), (4, 5, 6, 8)))
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(3, 7, generator=generator)
+    now = ASKED.log_odds(table[:, :5])
+    later = table[:, 5] - table[:, 6]
+    p, q = now.sigmoid(), later.sigmoid()
+    torch.testing.assert_close(late.log_odds(table), (1 - (1 - p) * (1 - q)).logit())
+    table[:, 6] = table[:, 5] + 30.0  # the beginning is gone on with
+    torch.testing.assert_close(late.log_odds(table), now)
+    table[:, 5] = table[:, 6] + 30.0  # it is turned away from
+    assert bool((late.log_odds(table) > 29).all())
+
+
 def test_drift_is_the_mean_divergence_from_the_last_row_whatever_was_said():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 4, 9, generator=generator)
@@ -52,3 +66,6 @@ def test_replies_of_unequal_length_and_a_target_without_openings_are_refused():
         Question(Prompt("a"), ((1, 2),), ((3,),))
     with pytest.raises(RunFailed, match="needs a refusal and a compliant opening"):
         Question(Prompt("a"), ((1, 2),), ())
+    for delayed in (((1, 2, 3), (1, 2)), ((1, 2, 3),)):
+        with pytest.raises(RunFailed, match="differ in length"):
+            Question(Prompt("a"), ((1, 2),), ((3, 4),), delayed)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -194,16 +195,20 @@ def test_ctrl_c_ends_after_the_batch_and_the_printed_command_goes_on(done, pico_
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
-    patched = tmp_path / "path"
+def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
+    """Let the processes that a search starts use the dictionary of these tests, and run `more` before anything else."""
+    patched, tests = folder / "path", Path(__file__).parent
     patched.mkdir()
-    tests = Path(__file__).parent
     (patched / "sitecustomize.py").write_text(
         f"import sys\nsys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
         "import perpend.fitting.behaviour\nfrom task_cases import Labels\n"
-        "perpend.fitting.behaviour.Dictionary = Labels\n"
+        f"perpend.fitting.behaviour.Dictionary = Labels\n{more}"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(patched), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
     score, asked, storage = Scorer.score, recipe(done[0]).for_model(str(pico_dir("llama"))), tmp_path / "shared.log"
     name, until = study_name(asked, MACHINE, load_splits(asked.prompts)), time.monotonic() + 120
 
@@ -221,6 +226,45 @@ def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
 
 def owners(found) -> set[str]:
     return {trial.owner for trial in found if trial.owner}
+
+
+HANGS = """
+import time
+import perpend.searching.forward
+perpend.searching.forward.Scorer.score = lambda *given, **named: time.sleep(600)
+"""
+
+
+def test_the_command_on_a_postgresql_server_survives_a_worker_killed_in_mid_trial(
+    done, pico_dir, tmp_path, monkeypatch, postgres
+):
+    prepared(tmp_path, monkeypatch, HANGS)
+    score, asked, killed = Scorer.score, recipe(done[0]).for_model(str(pico_dir("llama"))), []
+    ledger = Ledger(postgres, study_name(asked, MACHINE, load_splits(asked.prompts)))
+
+    def killing(self, candidates, **rivals):
+        until = time.monotonic() + 300
+        while not killed and time.monotonic() < until:
+            running = [t for t in ledger.view(6, 3).slots.values() if t.state == "running" and t.owner]
+            others = [pid for t in running if (pid := int(t.owner.split("-")[-2])) != os.getpid()]
+            if len(others) == 3:  # it has its whole batch
+                os.kill(others[0], signal.SIGKILL)
+                killed.append(others[0])
+            time.sleep(0.1)
+        return score(self, candidates, **rivals)
+
+    monkeypatch.setattr(Scorer, "score", killing)
+    words = typed(done[0], pico_dir("llama"), "--storage", postgres, "--workers", "2", "-q")
+    words[words.index("-o") + 1] = str(tmp_path / "out")
+    assert main(words) == 0
+    assert len(killed) == 1
+    assert trials(tmp_path / "out") == trials(done[0] / "out")
+    rows = ledger.storage.get_all_trials(ledger.study)
+    lost = [t.user_attrs["slot"] for t in rows if "is gone" in t.user_attrs.get("lost", "")]
+    assert lost == [3]  # of the second batch, which the leader runs after its own
+    ended = Counter(t.user_attrs["slot"] for t in rows if "lost" not in t.user_attrs)
+    assert ended == dict.fromkeys(range(12), 1)
+    assert ledger.view(6, 3).slots[3].attempt == 1
 
 
 def test_a_storage_is_joined_and_gone_on_with(done, pico_dir, tmp_path):

@@ -20,6 +20,8 @@ def openings(data: Data) -> View:
     """Show what refusals are weighed against: openings that the model gives without its direction."""
     heard = f"{data['complied']} of {data['targets']} targets answered without the direction of layer {data['layer']}"
     yield Text(f"\nscore: refusals against openings; {heard}", style="dim")
+    if data["delayed"]:
+        yield Text(f"and refusals after a compliant beginning, of {data['delayed']} targets", style="dim")
     for text in data["openings"]:
         yield Text(f"  {printable(text)!r}", style="dim")
 

@@ -5,6 +5,11 @@ forcing: log of the mean probability of the refusals minus that of the openings.
 that a model that has lost the language, to which all words are equally likely, has log-odds 0 and not a low number: it
 is given nothing for finding refusals unlikely. What it has lost shows in the drift.
 
+A model may also begin as if it complied and refuse then. Where a target has a *delayed* pair, a compliant beginning
+that goes on and the same beginning with a refusal after it, the log-odds r of refusing at once and s of refusing later
+are put together as those of refusing at all: log(exp(r) + exp(s) + exp(r + s)), as if both were independent. Where one
+is much the likelier, that is it.
+
 *Drift* is KL(untouched ‖ edited) in nats per token, over the untouched model's own answers to baselines.
 """
 
@@ -26,22 +31,32 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """A target, and what a model may say to it, as token ids; all replies are equally long."""
+    """A target, and what a model may say to it, as token ids; refusals and openings are equally long.
+
+    Attributes:
+        prompt: The target.
+        refusals: Replies that refuse at once.
+        compliant: Openings of replies that do not.
+        delayed: A compliant beginning with a refusal after it, and the same with what goes on, equally long; empty
+            where none is known.
+    """
 
     prompt: Prompt
     refusals: tuple[Tokens, ...]
     compliant: tuple[Tokens, ...]
+    delayed: tuple[Tokens, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.refusals or not self.compliant:
             raise RunFailed("a target needs a refusal and a compliant opening", where=self.prompt.text[:60])
-        if len({len(reply) for reply in self.replies}) > 1:
+        groups = (self.refusals + self.compliant, self.delayed)
+        if len(self.delayed) not in (0, 2) or any(len(set(map(len, group))) > 1 for group in groups):
             raise RunFailed("refusals and openings of a target differ in length", where=self.prompt.text[:60])
 
     @property
     def replies(self) -> tuple[Tokens, ...]:
-        """The refusals, then the compliant openings."""
-        return self.refusals + self.compliant
+        """The refusals, then the compliant openings, then the delayed pair."""
+        return self.refusals + self.compliant + self.delayed
 
     def said(self, ids: Sequence[int]) -> list[Said]:
         """Return what is read, for a prompt that is encoded as `ids`."""
@@ -56,8 +71,12 @@ class Question:
         Returns:
             `[R]`. Differentiable.
         """
-        cut = len(self.refusals)
-        return _log_mean(likelihoods[:, :cut]) - _log_mean(likelihoods[:, cut:])
+        cut, end = len(self.refusals), len(self.refusals) + len(self.compliant)
+        now = _log_mean(likelihoods[:, :cut]) - _log_mean(likelihoods[:, cut:end])
+        if not self.delayed:
+            return now
+        later = likelihoods[:, end] - likelihoods[:, end + 1]  # what both begin with cancels
+        return torch.stack([now, later, now + later]).logsumexp(0)
 
 
 def _log_mean(x: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ targets is read. A reply counts when the word list finds no refusal in it and it
 untouched model does. Beginnings of the model's answers to baselines are added. From all of these the same few are
 taken for every target, those that are together most likely; so a target whose own reply is still a refusal has openings
 too.
+
+With `search.delayed` a reply that was heard is also read to the end of a line, as a place where a model that began to
+comply may turn and refuse: the target's own refusal there is weighed against how the reply goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +48,14 @@ FEW = 12
 """Prompts on which these are tried, and on which openings are compared."""
 POOL = 24
 """Openings that are compared."""
-REPLY = 24
-"""New tokens of a reply that is read for its opening."""
+REPLY, LONGER = 24, 48
+"""New tokens of a reply that is read for its opening, and where it is read for a later refusal too."""
+TURN = 4
+"""Fewest tokens of a delayed refusal and of what goes on instead."""
+
+
+KINDS = ("refusals", "compliant", "delayed")
+"""Of what a model may say to a target."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Found:
 
     def to_text(self) -> str:
         """Return everything but the prompts, so that others ask the same."""
-        asked = [{"id": q.prompt.id, "refusals": q.refusals, "compliant": q.compliant} for q in self.questions]
+        asked = [{"id": q.prompt.id, **{kind: getattr(q, kind) for kind in KINDS}} for q in self.questions]
         return json.dumps({**vars(self), "questions": asked})
 
     @classmethod
@@ -86,7 +95,7 @@ class Found:
         if [q["id"] for q in asked] != [p.id for p in prompts]:
             raise RunFailed("the questions that were kept are about other targets")
         questions = [
-            Question(p, *(tuple(tuple(r) for r in q[kind]) for kind in ("refusals", "compliant")))
+            Question(p, *(tuple(tuple(r) for r in q[kind]) for kind in KINDS))
             for p, q in zip(prompts, asked, strict=True)
         ]
         return cls(**{**kept, "questions": tuple(questions), "openings": tuple(kept["openings"])})
@@ -94,7 +103,8 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """Return how the openings were found."""
         own = {"targets": len(self.questions), "layer": self.layer, "complied": self.complied}
-        return {**own, "openings": list(self.openings)}
+        delayed = sum(bool(q.delayed) for q in self.questions)
+        return {**own, "delayed": delayed, "openings": list(self.openings)}
 
 
 def find(
@@ -117,17 +127,22 @@ def find(
     """
     layer, edit = _bent(session, directions, recipe, probe, room)
     refusals = {reply.tokens[:SHARED] for _, reply in behaviour.refused}
-    own = _complying(session, edit, probe.targets, refusals)
-    heard = [reply for reply in own if reply]
+    own = _complying(session, edit, probe.targets, refusals, LONGER if recipe.search.delayed else REPLY)
+    heard = [reply[:LENGTH] for reply in own if reply]
     answers = [reply.tokens[:LENGTH] for _, reply in behaviour.answered]
     sound = [tokens for tokens in answers if tokens[:SHARED] not in refusals] or answers
     pool = list(dict.fromkeys([*_evenly(heard, POOL), *_evenly(sound, max(POOL // 3, POOL - len(heard)))]))[:POOL]
     chosen = _likely(session, edit, probe.targets[:FEW], pool, room)
     common = [tokens for tokens, _ in Counter(refusal[:LENGTH] for refusal in probe.refusals).most_common()]
     questions = tuple(
-        _question(prompt, refusal[:LENGTH], common, reply, chosen)
+        _question(prompt, refusal[:LENGTH], common, reply and reply[:LENGTH], chosen)
         for prompt, refusal, reply in zip(probe.targets, probe.refusals, own, strict=True)
     )
+    if recipe.search.delayed:
+        pairs = [
+            delayed(session, q.refusals[0], reply) if reply else () for q, reply in zip(questions, own, strict=True)
+        ]
+        questions = tuple(replace(q, delayed=pair) for q, pair in zip(questions, pairs, strict=True))
     return Found(questions, layer, len(heard), tuple(session.chat.decode(tokens) for tokens in chosen))
 
 
@@ -143,6 +158,24 @@ def _question(
 
     compliant = first(said, OPENINGS)
     return Question(prompt, first([refusal, *refusals], REFUSALS), compliant)
+
+
+def delayed(session: Session, refusal: Tokens, reply: Tokens) -> tuple[Tokens, ...]:
+    """Return a reply to the end of a line with a refusal after it, and with what goes on; nothing without such a line.
+
+    Args:
+        session: Whose tokens these are.
+        refusal: What the model says where it refuses at once.
+        reply: One that complies.
+    """
+    text = session.chat.tokenizer.decode
+    ends = [k for k in range(1, len(reply) - TURN + 1) if str(text(list(reply[:k]))).endswith("\n")]
+    if not ends or len(refusal) < TURN:
+        return ()
+    long = [k for k in ends if k + len(refusal) <= len(reply)]
+    end = max(long) if long else min(ends)  # as late as leaves enough, or as much as there is
+    size = min(len(refusal), len(reply) - end)
+    return reply[:end] + refusal[:size], reply[: end + size]
 
 
 def _bent(
@@ -170,14 +203,16 @@ def _bent(
     return min(judged, key=lambda x: x[:3])[2:]
 
 
-def _complying(session: Session, edit: Edit, targets: Sequence[Prompt], refusals: set[Tokens]) -> list[Tokens | None]:
+def _complying(
+    session: Session, edit: Edit, targets: Sequence[Prompt], refusals: set[Tokens], tokens: int
+) -> list[Tokens | None]:
     """Return how the edited model begins its reply to each target; None where it still refuses."""
     with session.edited(edit):
-        replies = session.generate(targets, max_new_tokens=REPLY)
+        replies = session.generate(targets, max_new_tokens=tokens)
     found: list[Tokens | None] = []
     for reply, label in zip(replies, labels(targets, replies), strict=True):
         sound = label is Label.COMPLY and reply.tokens[:SHARED] not in refusals
-        found.append(reply.tokens[:LENGTH] if sound else None)
+        found.append(reply.tokens if sound else None)
     return found
 
 
