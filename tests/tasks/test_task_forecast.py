@@ -137,7 +137,7 @@ def test_the_time_is_that_of_reading_and_of_computing_as_measured_now(
     machine = MACHINE.model_copy(update={"offload": "disk"})
     monkeypatch.setattr(module, "_seconds", lambda parameters, tokens, device: 100.0)
     for rate in (1e5, 1e4):
-        monkeypatch.setattr(module, "_rate", lambda ref, rate=rate: rate)
+        monkeypatch.setattr(module, "reading_rate", lambda ref, rate=rate: rate)
         model, out = str(pico_dir("llama")), tmp_path / "out"
         found = planned("fit", model, output=out, recipe=a_recipe(tmp_path), machine=machine)
         assert found.bytes_read is not None
