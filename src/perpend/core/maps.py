@@ -44,8 +44,8 @@ from perpend.errors import UsageError
 PARALLEL = 1e-6
 """A column or row of which less than this share of the squared norm survives is not rescaled."""
 BLOCK = 64
-"""Columns of a matrix that are widened to float64 at a time: few enough that they stay in the processor's cache, which
-makes an edit three to five times as fast as 1,024 columns do."""
+"""Columns of a matrix that are widened at a time, whole groups of a lattice: few enough that they stay in the cache,
+which makes an edit three to five times as fast as 1,024 columns do."""
 
 Factor = float | Tensor
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from perpend.core.edits import Edit
-from perpend.core.maps import HookMap, ModuleEdit, edit_bias, edit_weight
+from perpend.core.maps import BLOCK, HookMap, ModuleEdit, edit_bias, edit_weight
 from perpend.core.quant import GROUP, RANGES, Cost, preserve
 from perpend.errors import RunFailed, UsageError, nearest
 from perpend.export.checkpoint import INDEX, Checkpoint, files
@@ -52,8 +52,6 @@ OTHER_WEIGHTS = (
 """Files that hold the weights in another format: a copy would be a model without the edit in the same folder."""
 
 COPY_CHUNK = 64 << 20
-COLUMNS = 64
-"""Columns of a matrix that are widened at a time: few enough that they stay in the cache, whole groups of a lattice."""
 SHORT = (torch.bfloat16, torch.float16)
 """Dtypes beside which float32 is exact: a plain edit of them is computed in it, five times as fast as in float64."""
 WORKERS = 2
@@ -351,7 +349,7 @@ def edit_in_place(
     """
     whole, cost = tensor.ndim == 1 or edit.mode == "row", Cost()
     short = HookMap.of(None, edit) if edit.mode == "plain" and tensor.ndim == 2 and tensor.dtype in SHORT else None
-    for block in (tensor,) if whole else torch.split(tensor, COLUMNS, dim=1):
+    for block in (tensor,) if whole else torch.split(tensor, BLOCK, dim=1):
         if lattice and block.ndim == 2:
             exact = edit_weight(block.double(), edit)
             new = preserve(exact, edit.directions, lattice, block.dtype)

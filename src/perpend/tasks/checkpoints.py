@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,20 +12,19 @@ from perpend.export.checkpoint import Checkpoint
 from perpend.models.headers import TensorEntry
 from perpend.models.memory import free_memory, pick_device
 from perpend.refs import ModelRef, Resolved
-from perpend.tasks.forecast import Forecast, Planned, reading_rate
+from perpend.tasks.forecast import Forecast, Planned, disk_free, local, reading_rate
 
 
-def checkpoint_of(model: str, *, fetch: bool = True) -> Resolved:
+def checkpoint_of(model: str) -> Resolved:
     """Return where a safetensors checkpoint is; downloaded first where it is not here.
-
-    Args:
-        model: Hub id with `@revision`, or directory.
-        fetch: Download what is missing; else only what the cache holds counts.
 
     Raises:
         UsageError: no such model, or a GGUF file.
     """
-    source = ModelRef.parse(model).resolve(fetch=fetch)
+    return _compared(ModelRef.parse(model).resolve(), model)
+
+
+def _compared(source: Resolved, model: str) -> Resolved:
     if source.gguf_file:
         raise UsageError("a GGUF file: only safetensors checkpoints are compared", where=model)
     return source
@@ -48,11 +46,10 @@ def reading(task: str, models: Sequence[str], machine: Machine, *, output: Path 
     known = [tensors for tensors in here if tensors is not None]
     complete = len(known) == len(here)
     size = sum(t.nbytes for tensors in known for t in tensors) if complete else None
-    where = next(p for p in (output or Path()).absolute().parents if p.exists())
     asked = Forecast(
         reads=size,
         writes=1 << 20 if output else 0,
-        disk_free=shutil.disk_usage(where).free,
+        disk_free=disk_free(output),
         memory=sum(max(t.nbytes for t in tensors) for tensors in known) if complete else None,
         memory_free=free_memory(pick_device(machine.device), machine.memory),
         parameters=None if here[0] is None else sum(math.prod(t.shape) for t in here[0]),
@@ -68,10 +65,5 @@ def reading(task: str, models: Sequence[str], machine: Machine, *, output: Path 
 
 def _tensors(model: str) -> list[TensorEntry] | None:
     """Return the tensors of a checkpoint; None where it is on the hub alone."""
-    try:
-        source = checkpoint_of(model, fetch=False)
-    except UsageError:
-        if ModelRef.parse(model).kind == "hub":
-            return None
-        raise
-    return list(Checkpoint(source.path).tensors.values())
+    source = local(ModelRef.parse(model))
+    return None if source is None else list(Checkpoint(_compared(source, model).path).tensors.values())

@@ -37,8 +37,6 @@ POOR = 0.6
 """Spearman correlation of score and replies below which the score is not relied on."""
 FEWEST = 4
 """Candidates below which no correlation is told."""
-REFINED = "gradient"
-"""Origin of a refined candidate."""
 
 
 @dataclass(frozen=True)
@@ -294,10 +292,11 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
 
     finalists = _judged(ranked, search.finalists * (2 if correlation.poor else 1), bar, fully)
     start = _taken(rule, finalists, untouched, bar)
-    finalists += map(fully, _refined(site, start, replies))
+    refined = [fully(point) for point in _refined(site, start, replies)]
+    finalists += refined
     refinement = None
-    if finalists[-1].origin == REFINED:
-        refinement = _refinement(start, finalists[-1], bar, replies, search.prompts)
+    if refined:
+        refinement = _refinement(start, refined[0], bar, replies, search.prompts)
         note(str(refinement))
     fit = finalists[:-1] if refinement is not None and not refinement.confirmed else finalists
     chosen = _taken(rule, fit, untouched, bar)
@@ -347,7 +346,7 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     if found.candidate == start.candidate:
         note(f"{search.refine} gradient steps found nothing better than {start.name}")
         return []
-    made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), REFINED, start.on_front)
+    made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), "gradient", start.on_front)
     return [replies.shortly(made)]
 
 

@@ -25,7 +25,7 @@ from perpend.models.memory import free_memory, pick_device
 from perpend.models.places import ROOM, Plan, parts, plan
 from perpend.models.quantised import WIDTH
 from perpend.progress import note
-from perpend.refs import ModelRef
+from perpend.refs import ModelRef, Resolved
 
 PROMPT_TOKENS = 64
 """Assumed length of an encoded prompt: no tokenizer is loaded for a forecast."""
@@ -131,11 +131,10 @@ def forecast(
     times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
     read = None if size is None or placed is None else (placed.read * times or size) + (4 * size if bakes else 0)
     slow = 0.0 if read is None else read / reading_rate(ref)
-    where = next(p for p in (output or Path()).absolute().parents if p.exists())
     return Forecast(
         reads=size,
         writes=(size or 0) if bakes else 1 << 20,
-        disk_free=shutil.disk_usage(where).free,
+        disk_free=disk_free(output),
         memory=memory,
         memory_free=free_memory(device, machine.memory),
         parameters=parameters,
@@ -153,14 +152,30 @@ def forecast(
     )
 
 
-def bare_model(ref: ModelRef, machine: Machine) -> tuple[torch.nn.Module | None, int | None]:
-    """Return the model on the meta device and the bytes of its files; None and None when it is not here yet."""
+def disk_free(output: Path | None) -> int:
+    """Return the bytes that are free where an output would go."""
+    return shutil.disk_usage(next(p for p in (output or Path()).absolute().parents if p.exists())).free
+
+
+def local(ref: ModelRef) -> Resolved | None:
+    """Return the files of a model without fetching any; None where it is on the hub alone.
+
+    Raises:
+        UsageError: no such directory or file.
+    """
     try:
-        source = ref.resolve(fetch=False)
+        return ref.resolve(fetch=False)
     except UsageError:
         if ref.kind == "hub":
-            return None, None
+            return None
         raise
+
+
+def bare_model(ref: ModelRef, machine: Machine) -> tuple[torch.nn.Module | None, int | None]:
+    """Return the model on the meta device and the bytes of its files; None and None when it is not here yet."""
+    source = local(ref)
+    if source is None:
+        return None, None
     model = skeleton(source, ref, machine)
     if source.gguf_file:
         return model, 2 * sum(p.numel() for p in model.parameters())
