@@ -15,7 +15,8 @@ from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.errors import RunFailed, UsageError
 from perpend.models import memory, places
-from perpend.models.load import load_model, release
+from perpend.models.load import load_model
+from perpend.models.memory import release
 from perpend.models.offload import Unit
 from perpend.models.session import Sampling, Session
 

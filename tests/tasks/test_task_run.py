@@ -23,7 +23,8 @@ from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
 from perpend.errors import GateFailed, Interrupted, RunFailed, UsageError
 from perpend.export import shards
-from perpend.models.load import load_model, release
+from perpend.models.load import load_model
+from perpend.models.memory import release
 from perpend.models.session import Session
 from perpend.refs import ModelRef, Resolved
 from perpend.tasks.apply import apply

@@ -23,7 +23,7 @@ from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf
 from perpend.models.files import check_files
-from perpend.models.memory import free_memory, pick_device, reclaim
+from perpend.models.memory import free_memory, pick_device
 from perpend.models.offload import Shelf, require_finite
 from perpend.models.parallel import World
 from perpend.models.places import READ, Part, Plan, parts, plan
@@ -370,17 +370,20 @@ def generation(model: Any, **settings: Any) -> Iterator[Any]:
             handle.remove()
 
 
-def release(model: nn.Module) -> None:
-    """Give back the memory of a model's weights; it is of no use afterwards."""
-    shelf = getattr(model, "shelf", None)
-    if shelf is not None:
-        shelf.close()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                gone = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")  # whatever its own class
-                module._parameters[name] = nn.Parameter(gone, requires_grad=False)
-    reclaim()
+def growing_cache(model: Any) -> dict[str, Any]:
+    """Return an empty cache from which rows can be dropped, under the name by which the model takes it.
+
+    Empty for a model that keeps more of a row than keys and values: states that do not grow, or a shift of positions.
+    """
+    import transformers
+
+    own = getattr(model, "_supports_default_dynamic_cache", None)
+    name = next((name for name in ("cache", "past_key_values") if takes(model, name)), None)
+    if name is None or own is None or not own() or any(hasattr(part, "rope_deltas") for part in model.modules()):
+        return {}
+    made: Any = transformers.DynamicCache(config=model.config.get_text_config())
+    grows = [hasattr(x, "batch_select_indices") and not hasattr(x, "update_conv_state") for x in made.layers]
+    return {name: made} if grows and all(grows) else {}
 
 
 def _common(source: Resolved, ref: ModelRef, machine: Machine) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from perpend.errors import UsageError
 
@@ -37,6 +38,19 @@ def reclaim() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release(model: nn.Module) -> None:
+    """Give back the memory of a model's weights; it is of no use afterwards."""
+    shelf = getattr(model, "shelf", None)
+    if shelf is not None:
+        shelf.close()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                gone = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")  # whatever its own class
+                module._parameters[name] = nn.Parameter(gone, requires_grad=False)
+    reclaim()
 
 
 def free_memory(device: torch.device, most: int | None = None) -> int:

@@ -21,7 +21,7 @@ from perpend.config import Machine
 from perpend.core.edits import Edit
 from perpend.data import Prompt
 from perpend.errors import UsageError
-from perpend.models import load
+from perpend.models import decode, load
 from perpend.models.anatomy import Anatomy
 from perpend.models.batching import Batch, Budget, plan
 from perpend.models.chat import Chat, Message, read_template
@@ -336,13 +336,9 @@ class Session:
     ) -> list[Reply]:
         inputs, start = self._inputs(group, prompts, ids)
         with self._seeded(sampling, [prompts[k].id for k in group]):
-            rows = self.model.generate(**inputs, generation_config=config)[:, start:].tolist()
-        replies: list[Reply] = []
-        for row in rows:
-            end = next((k for k, token in enumerate(row) if token in config.eos_token_id), None)
-            tokens = row if end is None else row[: end + 1]
-            replies.append(Reply(self.chat.decode(tokens), tuple(tokens), end is not None))
-        return replies
+            rows = decode.answers(self.model, inputs, config, start)
+        ends = set(config.eos_token_id)
+        return [Reply(self.chat.decode(row), tuple(row), bool(row) and row[-1] in ends) for row in rows]
 
     @contextmanager
     def _seeded(self, sampling: Sampling | None, names: Sequence[str]) -> Iterator[None]:

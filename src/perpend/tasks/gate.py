@@ -19,7 +19,8 @@ from perpend.errors import GateFailed
 from perpend.export.shards import ExportResult
 from perpend.export.verify import LeakRow, Untouched, leak_gate, untouched_equal
 from perpend.judges.panel import Panel
-from perpend.models.load import load_model, release
+from perpend.models.load import load_model
+from perpend.models.memory import release
 from perpend.models.session import Reply, Session
 from perpend.refs import ModelRef
 from perpend.tasks.measure import records

@@ -13,7 +13,7 @@ from perpend.export.checkpoint import Checkpoint
 from perpend.export.survey import Survey
 from perpend.judges.judgement import Judgement
 from perpend.judges.panel import Comparison, compare
-from perpend.models.load import release
+from perpend.models.memory import release
 from perpend.models.session import Session
 from perpend.models.simulated import quantise, require_plain
 from perpend.tasks.measure import ask, judge

@@ -15,7 +15,8 @@ from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
 from perpend.models.anatomy import Anatomy
 from perpend.models.chat import read_template
-from perpend.models.load import Loaded, load_model, release, unloaded
+from perpend.models.load import Loaded, load_model, unloaded
+from perpend.models.memory import release
 from perpend.models.session import Sampling, Session
 from perpend.models.vllm import VllmSession
 from perpend.progress import note
