@@ -237,6 +237,19 @@ def test_the_factor_of_equal_drift_is_found(aim):
     assert found.drift == pytest.approx(aim, rel=0.05)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("aim", [0.01, 0.17, 4.0])
+def test_equal_drift_takes_few_measurements(aim, power):
+    tried = []
+
+    def cost(factor: float) -> float:
+        tried.append(factor)
+        return 0.1 * factor**power
+
+    assert equal_drift(cost, aim).matched
+    assert len(tried) <= 5
+
+
 def test_a_drift_out_of_reach_gives_the_largest_and_says_so():
     found = equal_drift(lambda factor: 0.2 * math.tanh(factor), 3.0)
     assert not found.matched

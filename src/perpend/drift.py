@@ -380,7 +380,7 @@ class Found:
 def equal_drift(
     cost: Callable[[float], float], aim: float, *, tolerance: float = 0.05, steps: int = 10, start: float = 1.0
 ) -> Found:
-    """Find the factor at which an edit costs `aim`, by bracketing and bisection in the logarithm.
+    """Find the factor at which an edit costs `aim`, by bracketing and interpolation in the logarithms.
 
     Args:
         cost: Drift at a factor on the weight factors; `RunFailed` stands for more than any.
@@ -399,7 +399,8 @@ def equal_drift(
     """
     if not aim > 0:
         raise UsageError(f"a drift of {aim} to be equal to", valid="more than 0")
-    low, high, factor, best = 0.0, math.inf, start, None
+    low, high, factor, best = (0.0, 0.0), (math.inf, math.inf), start, None
+    power, last = 2.0, None  # drift grows with the square of a small edit
     for _ in range(steps):
         found = _tried(cost, factor)
         miss = abs(math.log(max(found, 1e-12) / aim))
@@ -407,17 +408,30 @@ def equal_drift(
             best = (miss, factor, found)
         if miss <= math.log1p(tolerance):
             break
-        low, high = (factor, high) if found < aim else (low, factor)
-        step = min(8.0, max(1.5, 1.2 * math.sqrt(aim / max(found, 1e-12)))) if found < aim else 0.25
-        if low and math.isfinite(high):
-            factor = math.sqrt(low * high)
+        if last is not None and math.isfinite(found) and found > 0 and last[1] > 0:
+            power = min(4.0, max(0.7, math.log(found / last[1]) / math.log(factor / last[0])))
+        last = (factor, found) if math.isfinite(found) else None
+        least = 1.05 if low[0] == 0 else 1.5  # drift that hardly grows any more is left behind quickly
+        low, high = ((factor, found), high) if found < aim else (low, (factor, found))
+        if low[0] and math.isfinite(high[0]):
+            factor = _between(low, high, aim)
         elif factor in (LEAST, MOST):
             break
         else:
+            step = (aim / max(found, 1e-12)) ** (1 / power)
+            step = min(8.0, max(least, 1.05 * step)) if found < aim else max(0.25, step / 1.05)
             factor = min(MOST, max(LEAST, factor * step))
     if best is None:
         raise RunFailed("no random direction of any size gives finite logits")
     return Found(best[1], best[2], best[0] <= math.log1p(tolerance))
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], aim: float) -> float:
+    """Return the factor between two at which a power law through both drifts is `aim`; the middle where one broke."""
+    share = 0.5
+    if low[1] > 0 and math.isfinite(high[1]):
+        share = min(0.9, max(0.1, math.log(aim / low[1]) / math.log(high[1] / low[1])))
+    return float(low[0] ** (1 - share) * high[0] ** share)
 
 
 def _tried(cost: Callable[[float], float], factor: float) -> float:

@@ -20,6 +20,8 @@ SEARCHED = 24
 """Baseline prompts on which the size of the random edit is looked for; its drift is then measured on all."""
 EQUAL = 0.1
 """Relative difference up to which two drifts are called equal."""
+AGAIN = 2
+"""How often the size is looked for once more where the few prompts are not like the rest."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Control:
 
     Attributes:
         seed: Seed of the direction; one draw.
-        factor: On every weight factor of the edit, found by bisection.
+        factor: On every weight factor of the edit, found by forward passes.
         drift: Of the random edit, over the same answers as that of the edit.
         aim: Mean drift of the edit.
         before: The untouched model on the first target prompts.
@@ -116,19 +118,19 @@ def control(
 def _same_cost(session: Session, random: Edit, baselines: Side, spent: Drift, tokens: int) -> tuple[Found, Drift]:
     """Return the factor at which a random edit costs what was spent, and its drift on all prompts.
 
-    Looked for on a few prompts, measured on all, and moved once more where the few were not like the rest.
+    Looked for on a few prompts and measured on all; where the few are not like the rest, looked for again on the few at
+    the drift that stands for the one on all.
     """
 
     def few(factor: float) -> float:
         return cost(session, random.scaled(factor), baselines, tokens, limit=SEARCHED).mean
 
-    def whole(factor: float) -> Drift:
-        return cost(session, random.scaled(factor), baselines, tokens)
-
     known = [p.kl for p in spent.prompts if p.index < SEARCHED]
     found = equal_drift(few, statistics.fmean(known) if sum(known) > 0 else spent.mean)
-    drift = whole(found.factor)
-    if found.matched and not 1 / (1 + EQUAL) < drift.mean / spent.mean < 1 + EQUAL:
-        again = equal_drift(lambda factor: whole(factor).mean, spent.mean, steps=3, start=found.factor)
-        found, drift = again, whole(again.factor)
+    drift = cost(session, random.scaled(found.factor), baselines, tokens)
+    for _ in range(AGAIN):
+        if not found.matched or 1 / (1 + EQUAL) < drift.mean / spent.mean < 1 + EQUAL:
+            break
+        found = equal_drift(few, found.drift * spent.mean / drift.mean, start=found.factor)
+        drift = cost(session, random.scaled(found.factor), baselines, tokens)
     return found, drift
