@@ -38,6 +38,7 @@ from perpend.export.llama_cpp import PROGRAM, Tools, call
 from perpend.export.shards import bake
 from perpend.judges.panel import Judgement, Panel, compare
 from perpend.models.load import load_model, skeleton
+from perpend.models.recall import Recalled
 from perpend.models.replies import Reply
 from perpend.models.session import Session
 from perpend.tasks.measure import cost, judge
@@ -173,12 +174,13 @@ class Bench:
         replies = base.generate(self.baselines, max_new_tokens=DRIFT_TOKENS)
         asked = judge(self.baselines, replies, self.panel)
         found: dict[str, Any] = {}
+        reference = Recalled(base)
         for name in list(FILES)[1:]:
             files = layouts(self.work / f"{FILES[name]}.gguf")
             for change in plan(files, edit, other.anatomy):
                 whole = values(change.file.path, change.tensor)
                 change.writer.assign(change.writer.weight(other.model).data, whole)
-            moved = cost(other, None, asked, DRIFT_TOKENS, other=base, limit=len(self.baselines))
+            moved = cost(other, None, asked, DRIFT_TOKENS, reference=reference, limit=len(self.baselines))
             found[name] = {"drift": moved.to_json()}
             if name == "--for q4_0":
                 replies = other.generate(self.targets, max_new_tokens=self.asked.tokens)

@@ -32,6 +32,7 @@ from perpend.data import Prompt
 from perpend.errors import RunFailed
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.plan import from_layer, plan_edit
+from perpend.models.recall import Recalled
 from perpend.models.session import Reply, Session
 from perpend.progress import track
 
@@ -161,12 +162,12 @@ def choose_layer(
     last = min(max(1, round(TRIED * directions.n_layers)), directions.n_layers - 1)
     first = min(1, last)
     step = stride or max(1, last // 10)
-    untouched, silent = probe.refusal(session), probe.induced(session)
+    untouched, silent, reference = probe.refusal(session), probe.induced(session), Recalled(session)
     tried: dict[int, Candidate] = {}
 
     def attempt(layers: Sequence[int]) -> Candidate:
         for layer in track([x for x in layers if x not in tried], "try layers"):
-            tried[layer] = _judge(session, directions, section, probe, layer, silent)
+            tried[layer] = _judge(session, directions, section, probe, layer, silent, reference)
         return best(tried.values(), untouched, rule)
 
     found = attempt(range(last, first - 1, -step))
@@ -194,12 +195,13 @@ def _judge(
     probe: Probe,
     layer: int,
     silent: float,
+    reference: Recalled,
 ) -> Candidate:
     everywhere = section.model_copy(update={"attention": Constant(weight=1.0), "mlp": Constant(weight=1.0)})
     edit = plan_edit(session.model, session.anatomy, everywhere, from_layer(directions, layer))
     with session.edited(edit):
         bypass = probe.refusal(session)
-    cost = drift.measure(session.logits, session.under(edit), session.batches(probe.baselines, probe.answers)).mean
+    cost = drift.measure(reference, session.under(edit), session.batches(probe.baselines, probe.answers)).mean
     difference = directions.target_mean[layer] - directions.baseline_mean[layer]
     with added(session, layer, difference):
         induced = probe.induced(session) - silent

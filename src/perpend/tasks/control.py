@@ -12,6 +12,7 @@ from perpend.core.edits import Edit
 from perpend.drift import Drift, Found, equal_drift, rotated
 from perpend.errors import RunFailed
 from perpend.judges.panel import Comparison, Panel, compare
+from perpend.models.recall import Recalled
 from perpend.models.session import Reply, Session
 from perpend.progress import note
 from perpend.tasks.measure import Side, ask, cost, judge
@@ -121,16 +122,20 @@ def _same_cost(session: Session, random: Edit, baselines: Side, spent: Drift, to
     Looked for on a few prompts and measured on all; where the few are not like the rest, looked for again on the few at
     the drift that stands for the one on all.
     """
+    untouched = Recalled(session)
 
     def few(factor: float) -> float:
-        return cost(session, random.scaled(factor), baselines, tokens, limit=SEARCHED).mean
+        return cost(session, random.scaled(factor), baselines, tokens, reference=untouched, limit=SEARCHED).mean
+
+    def whole(factor: float) -> Drift:
+        return cost(session, random.scaled(factor), baselines, tokens, reference=untouched)
 
     known = [p.kl for p in spent.prompts if p.index < SEARCHED]
     found = equal_drift(few, statistics.fmean(known) if sum(known) > 0 else spent.mean)
-    drift = cost(session, random.scaled(found.factor), baselines, tokens)
+    drift = whole(found.factor)
     for _ in range(AGAIN):
         if not found.matched or 1 / (1 + EQUAL) < drift.mean / spent.mean < 1 + EQUAL:
             break
         found = equal_drift(few, found.drift * spent.mean / drift.mean, start=found.factor)
-        drift = cost(session, random.scaled(found.factor), baselines, tokens)
+        drift = whole(found.factor)
     return found, drift

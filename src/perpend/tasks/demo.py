@@ -19,6 +19,7 @@ from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model
 from perpend.models.materialise import materialise_gguf
+from perpend.models.recall import Recalled
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
@@ -177,8 +178,8 @@ def compare_with_original(folder: Path, done: Run, recipe: Recipe, machine: Mach
     }
     target = load_splits(recipe.prompts).report.target
     original = judge(target, ask(models[ORIGINAL], target.prompts, recipe), open_panel(recipe, machine))
+    before = Recalled(models[ORIGINAL])
     drifts = [
-        cost(models[name], None, original, recipe.eval.drift_tokens, other=models[ORIGINAL])
-        for name in (ORGANISM, EDITED)
+        cost(models[name], None, original, recipe.eval.drift_tokens, reference=before) for name in (ORGANISM, EDITED)
     ]
     return Truth(original, compare(original.judged, done.report.after.target.judged), *drifts)

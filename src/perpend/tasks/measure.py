@@ -13,6 +13,7 @@ from perpend.data import Prompt, PromptPair
 from perpend.judges.judgement import Judgement
 from perpend.judges.labels import Record
 from perpend.judges.panel import Panel
+from perpend.models.recall import Recalled
 from perpend.models.session import Reply, Session
 from perpend.tasks.setup import sampling
 
@@ -99,7 +100,7 @@ def cost(
     asked: Side,
     tokens: int,
     *,
-    other: Session | None = None,
+    reference: Recalled | None = None,
     limit: int = DRIFT_PROMPTS,
 ) -> drift.Drift:
     """Return the drift from a reference over the reference's own replies.
@@ -109,12 +110,12 @@ def cost(
         edit: In place for the candidate.
         asked: Prompts with the replies of the reference; the first of them are used.
         tokens: Of each reply, only so many.
-        other: The reference, a model of the same tokenizer; `session` without the edit by default.
+        reference: Gave the replies, a model of the same tokenizer; `session` without the edit by default.
         limit: Prompts that are used, at most.
     """
     prompts, replies = asked.prompts[:limit], asked.replies[:limit]
     batches = session.batches(prompts, [r.tokens for r in replies], max_tokens=tokens)
-    return drift.measure((other or session).under(None), session.under(edit), batches)
+    return drift.measure(reference or session.under(None), session.under(edit), batches)
 
 
 def pairs(before: Measured, after: Measured | None = None) -> list[dict[str, Any]]:
