@@ -15,7 +15,7 @@ from perpend.models.sequence import text_config
 
 CPU_FORWARD = 2048
 """Padded tokens of one forward pass on a CPU: its cores are busy with fewer, and short batches waste less padding."""
-CPU_CACHED = 32768
+CPU_CACHED = 24576
 GPU_FORWARD = 32768
 GPU_CACHED = 131072
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perpend.models.session import Batch, Session
 
-ROOM = 2**29
+ROOM = 2**28
 """Bytes of logits that are kept; what does not fit is computed every time."""
 
 

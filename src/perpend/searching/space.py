@@ -188,7 +188,7 @@ class Space:
         if "layer" in self.fixed:
             return [first, *({**first, **self._kernels(1.0, spread)} for spread in (PUBLIC["spread"], WIDE))]
         found = [first, *broad]
-        for depth in np.linspace(0.9, 0.3, max(2, size // 2)).tolist():
+        for depth in np.linspace(0.9, 0.3, max(2, (size - len(found)) // 2)).tolist():
             for spread in (WIDE, PUBLIC["spread"]):
                 found.append({**usual, **self._kernels(1.0, spread), "layer": round(depth * (self.n_layers - 1))})
         return found[:size]
