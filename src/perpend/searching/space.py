@@ -33,8 +33,6 @@ PUBLIC = {"peak_weight": 0.55, "peak_layer": 0.53, "spread": 0.15}
 """The kernel of the public card of an edited Gemma 3 4B; places as shares of the depth."""
 WIDE = 1.0
 """Spread, as a share of the depth, of a kernel that is nearly the same everywhere."""
-BROAD = 0.3
-"""Spread of a kernel of which most layers feel much, each along its own direction."""
 CLIP = 2.0
 """Drift, in nats per token, beyond which the sampler is not told how bad a candidate is: outliers would rule it."""
 DIGITS = 4
@@ -173,22 +171,21 @@ class Space:
         running = [Seen(p.params, None, running=True) for p in given]
         return [*given, *self._sampled(seed, generation, size - len(given), [*seen, *running])][:size]
 
-    def _kernels(self, weight: float, spread: float, place: float = PUBLIC["peak_layer"]) -> Params:
+    def _kernels(self, weight: float, spread: float) -> Params:
         found: Params = {}
         for part in ("attention", "mlp"):
             found[f"{part}.peak_weight"] = weight
-            found[f"{part}.peak_layer"] = place * self.n_layers
+            found[f"{part}.peak_layer"] = PUBLIC["peak_layer"] * self.n_layers
             found[f"{part}.spread"] = spread * self.n_layers
         return found
 
     def _scan(self, size: int) -> list[Params]:
         usual: Params = {"direction": "one", "rank": self.ranks[0], "mode": "plain"}
         first = {**usual, **self._kernels(PUBLIC["peak_weight"], PUBLIC["spread"]), "layer": 0.53 * self.n_layers}
-        broad = [{**first, **self._kernels(weight, BROAD, 0.6), "direction": "each"} for weight in (1.0, 1.3)]
         if "layer" in self.fixed:
             return [first, *({**first, **self._kernels(1.0, spread)} for spread in (PUBLIC["spread"], WIDE))]
-        found = [first, *broad]
-        for depth in np.linspace(0.9, 0.3, max(2, (size - len(found)) // 2)).tolist():
+        found = [first]
+        for depth in np.linspace(0.9, 0.3, max(2, size // 2)).tolist():
             for spread in (WIDE, PUBLIC["spread"]):
                 found.append({**usual, **self._kernels(1.0, spread), "layer": round(depth * (self.n_layers - 1))})
         return found[:size]
