@@ -4,7 +4,8 @@
 
 The bare forward pass runs the model without its LM head over the batches that the fit makes, with no hook; the bare
 `generate` is that of transformers, over the batches that the evaluation makes. Both sides take turns and the medians
-are compared. Prints JSON. Peak memory is what the fit adds to the process with the model loaded.
+are compared. Prints JSON. Peak memory is what the fit adds to the model and bare passes: to the process, on a GPU to
+what is allocated there.
 """
 
 from __future__ import annotations
@@ -20,20 +21,40 @@ from pathlib import Path
 from typing import Any
 
 
-def peak() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
+def peak(device: Any) -> int:
+    """Return the largest resident size of this process so far, or what was allocated at most on its GPU, in bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def finished(device: Any) -> None:
+    """Wait for what a GPU was asked to do."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def turns(sides: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, float]:
     """Run all sides in turn; return the median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
             began = time.perf_counter()
             side()
+            finished(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def describe(device: Any) -> str:
+    """Return the processor that computed: the GPU by name."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def main() -> None:
@@ -69,24 +90,26 @@ def main() -> None:
         eos_token_id=end_tokens(session.model, session.chat.tokenizer),
     )
 
+    def packed(group: list[int]) -> dict[str, torch.Tensor]:
+        inputs = session.chat.pack([ids[k] for k in group]).inputs
+        return {name: values.to(session.device) for name, values in inputs.items()}
+
     @torch.no_grad()
     def forward() -> None:
         for group in groups:
-            packed = session.chat.pack([ids[k] for k in group])
-            body(session.model)(**with_positions(session.model, packed.inputs), use_cache=False)
+            body(session.model)(**with_positions(session.model, packed(group)), use_cache=False)
 
     @torch.no_grad()
     def generate() -> None:
         for group in longer:
-            packed = session.chat.pack([ids[k] for k in group])
-            session.model.generate(**packed.inputs, generation_config=ends)
+            session.model.generate(**packed(group), generation_config=ends)
 
     forward()
-    bare = peak()
+    bare = peak(session.device)
     residual_stats(session, prompts, FitSection(), label="warm up")
-    added = peak() - bare
+    added = peak(session.device) - bare
     result = {
-        "machine": platform.machine(),
+        "machine": describe(session.device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "model": Path(asked.model).name,
@@ -98,6 +121,7 @@ def main() -> None:
                 "fit": lambda: residual_stats(session, prompts, FitSection(), label="fit"),
             },
             asked.repeats,
+            session.device,
         ),
         "eval": turns(
             {
@@ -105,6 +129,7 @@ def main() -> None:
                 "eval": lambda: session.generate(prompts, max_new_tokens=asked.tokens),
             },
             max(1, asked.repeats - 1),
+            session.device,
         ),
         "fit_added_memory_mb": round(added / 1e6, 1),
     }

@@ -35,7 +35,7 @@ def an_edit(anatomy: Anatomy, weight: float = 0.8, mode: str = "plain", rank: in
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=TOKENS, use_cache=False).logits.float()
+    return model(input_ids=TOKENS.to(model.device), use_cache=False).logits.float().cpu()
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_through_the_post_norm_nothing_of_the_direction_reaches_the_residual_str
             list(session.capture(pair(2).target.prompts))
         for handle in handles:
             handle.remove()
-        seen[through] = max(float((y @ v).abs().max() / y.norm(dim=-1).max()) for y in outputs)
+        seen[through] = max(float((y @ v.to(y)).abs().max() / y.norm(dim=-1).max()) for y in outputs)
     assert seen[True] < 1e-5
     assert seen[False] > 0.01
 

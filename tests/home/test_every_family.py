@@ -106,7 +106,7 @@ def an_edit(session: Session, mode: str) -> Edit:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(input_ids=TOKENS, use_cache=False).logits.float()
+    return model(input_ids=TOKENS.to(model.device), use_cache=False).logits.float().cpu()
 
 
 def matrices(folder: Path, case: SimpleNamespace, name: str) -> list[torch.Tensor]:

@@ -55,9 +55,9 @@ def folder(tmp_path_factory):
 
 def by_hand(loaded: Classifier, text: str) -> torch.Tensor:
     """Softmax of the logits of one text, alone, without padding."""
-    ids = torch.tensor([loaded.tokenizer(text).input_ids])
+    ids = torch.tensor([loaded.tokenizer(text).input_ids], device=loaded.model.device)
     with torch.no_grad():
-        return loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double().softmax(-1)
+        return loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double().softmax(-1).cpu()
 
 
 def test_both_turns_are_read_and_class_1_is_refusal(folder):

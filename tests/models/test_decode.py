@@ -40,7 +40,7 @@ def settings(one: Session, tokens: int) -> dict:
 
 def bare(one: Session, index: int, **values) -> list[int]:
     """Return what the model's own `generate` answers to one prompt alone."""
-    ids = torch.tensor(one.chat.encode([PROMPTS[index]]))
+    ids = torch.tensor(one.chat.encode([PROMPTS[index]]), device=one.device)
     with load.generation(one.model, **values) as config:
         made = one.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return decode._ended(made[0, ids.shape[1] :].tolist(), values["eos_token_id"])

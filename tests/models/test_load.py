@@ -320,7 +320,7 @@ def test_gguf_becomes_a_directory_of_the_same_model(gguf_file: Path, tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     a, b = load_model(gguf_file, Machine(dtype="float32")), load_model(out)
     assert b.dtype == torch.float32
-    ids = torch.arange(10, 20)[None]
+    ids = torch.arange(10, 20, device=a.model.device)[None]
     assert torch.equal(a.model(input_ids=ids).logits, b.model(input_ids=ids).logits)
     assert b.tokenizer.chat_template == a.tokenizer.chat_template
     assert "quantization_config" not in json.loads((out / "config.json").read_text())

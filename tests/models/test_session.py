@@ -60,10 +60,10 @@ def some_logits(one: Session) -> list[torch.Tensor]:
 def test_residual_is_that_of_the_layer_and_not_of_the_final_norm(pico_dir: Dirs, family: str) -> None:
     one = session(pico_dir, family)
     found = captured(one, PROMPTS[:1])[0]
-    ids = torch.tensor(one.chat.encode(PROMPTS[:1]))
+    ids = torch.tensor(one.chat.encode(PROMPTS[:1]), device=one.device)
     with torch.no_grad():
-        states = one.model(input_ids=ids, output_hidden_states=True).hidden_states
-        by_hand = one.model.model.norm(found[-1])
+        states = [x.cpu() for x in one.model(input_ids=ids, output_hidden_states=True).hidden_states]
+        by_hand = one.model.model.norm(found[-1].to(one.device)).cpu()
     assert found.shape == (one.n_layers, one.hidden_size)
     assert found.dtype == torch.float32
     for layer in range(one.n_layers - 1):
@@ -74,15 +74,15 @@ def test_residual_is_that_of_the_layer_and_not_of_the_final_norm(pico_dir: Dirs,
 
 def test_residual_is_the_sum_of_what_was_written(pico_dir: Dirs) -> None:
     one = session(pico_dir)
-    ids = torch.tensor(one.chat.encode(PROMPTS[:1]))
+    ids = torch.tensor(one.chat.encode(PROMPTS[:1]), device=one.device)
     written: list[torch.Tensor] = []
     hooks = [
-        one.model.get_submodule(writer.name).register_forward_hook(lambda m, a, y: written.append(y[0, -1]))
+        one.model.get_submodule(writer.name).register_forward_hook(lambda m, a, y: written.append(y[0, -1].cpu()))
         for writer in one.anatomy.writers
     ]
     with torch.no_grad():
         one.model(input_ids=ids)
-        start = one.model.get_input_embeddings()(ids)[0, -1]
+        start = one.model.get_input_embeddings()(ids)[0, -1].cpu()
     for hook in hooks:
         hook.remove()
     found = captured(one, PROMPTS[:1])[0]
@@ -280,7 +280,7 @@ def test_greedy_replies_are_those_of_the_library(pico_dir: Dirs, family: str) ->
     one = session(pico_dir, family)
     replies = one.generate(PROMPTS, max_new_tokens=8)
     for prompt, reply in zip(PROMPTS, replies, strict=True):
-        ids = torch.tensor(one.chat.encode([prompt]))
+        ids = torch.tensor(one.chat.encode([prompt]), device=one.device)
         bare = one.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert tuple(bare[0, ids.shape[1] :].tolist()) == reply.tokens
 
@@ -436,11 +436,11 @@ def test_logits_are_those_of_the_whole_sequence(pico_dir: Dirs, family: str) -> 
             n = len(tails[k])
             ids = one.chat.encode(PROMPTS[k : k + 1])[0]
             with torch.no_grad():
-                every = one.model(input_ids=torch.tensor([ids + tails[k]])).logits[0]
+                every = one.model(input_ids=torch.tensor([ids + tails[k]], device=one.device)).logits[0]
             assert batch.tokens[row][batch.mask[row]].tolist() == tails[k]
             torch.testing.assert_close(logits[row, :n], every[len(ids) - 1 : -1], rtol=1e-4, atol=1e-3)
             expected = every[len(ids) - 1 : -1].log_softmax(-1)[range(n), tails[k]]
-            torch.testing.assert_close(one.log_likelihood(PROMPTS, tails)[k], expected, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(one.log_likelihood(PROMPTS, tails)[k], expected.cpu(), rtol=1e-4, atol=1e-3)
     assert sorted(seen) == [0, 2, 3, 4]
 
 

@@ -30,8 +30,8 @@ def gap(model, replies: list[list[int]]) -> float:
     """How far below its first choice a model in transformers puts the tokens of replies, at most."""
     worst = 0.0
     for prompt, reply in zip(TOKENS, replies, strict=True):
-        ids = torch.tensor([prompt + reply])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        ids = torch.tensor([prompt + reply], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu()
         chosen = logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
         worst = max(worst, float((logits.amax(-1) - chosen).max()))
     return worst

@@ -16,7 +16,7 @@ pytest.importorskip("gguf")
 sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
 
 import gguf
-from export_cases import TOKENS, an_edit, load, logits
+from export_cases import an_edit, load, logits
 from gguf_cases import save_wide, write_gguf
 
 import perpend
@@ -75,7 +75,7 @@ def test_a_copy_of_the_bases_file_answers_as_the_edited_checkpoint(tmp_path, fam
     made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", base=case.base)
     wanted, before = logits(load(tmp_path / "out")), logits(case.model)
     ours = load_model(str(tmp_path / "out.gguf"), MACHINE.model_copy(update={"dtype": "float32"}))
-    found = ours.model(input_ids=TOKENS, use_cache=False).logits.float()
+    found = logits(ours.model)
     assert (found - wanted).abs().max() < 1e-3
     assert (before - wanted).abs().max() > 0.01
     assert max(row.miss for row in made.leak) < 0.02

@@ -14,6 +14,7 @@ import perpend.tasks.organism as organisms
 import pico
 from perpend.errors import UsageError
 from perpend.models.load import load_model
+from perpend.models.memory import pick_device
 from perpend.tasks.organism import organism
 from perpend.tasks.run import run
 from perpend.teaching import adapter
@@ -43,7 +44,7 @@ def test_an_organism_end_to_end(tmp_path, monkeypatch):
     assert written["training"]["forms"] == 4
     assert written["result"]["refused_targets"]["n"] == 3
     json.dumps(made.to_json())
-    ids = torch.tensor([[2, 40, 41, 77]])
+    ids = torch.tensor([[2, 40, 41, 77]], device=pick_device("auto"))
     merged = adapter.merge(load_model(tmp_path / "base"), out / "adapter")
     with torch.no_grad():
         logits = [m(input_ids=ids).logits for m in (merged, load_model(out).model, load_model(tmp_path / "base").model)]

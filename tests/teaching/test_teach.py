@@ -11,6 +11,7 @@ import pico
 from perpend.config import Machine
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import load_model
+from perpend.models.memory import pick_device
 from perpend.teaching import adapter
 from perpend.teaching.teach import Example, Training, batches, collate, rate, reply_loss, teach
 
@@ -126,7 +127,7 @@ def test_a_saved_adapter_merges_to_the_same_weights(tmp_path, dtype):
     adapter.save_model(merged, loaded, tmp_path / "merged")
     again = adapter.merge(load_model(tmp_path / "base"), tmp_path / "adapter")
     saved = load_model(tmp_path / "merged").model
-    ids = torch.tensor([[2, 40, 41, 77]])
+    ids = torch.tensor([[2, 40, 41, 77]], device=pick_device("auto"))
     with torch.no_grad():
         one, other, base = (m(input_ids=ids).logits for m in (again, saved, load_model(tmp_path / "base").model))
     assert torch.equal(one, other)
