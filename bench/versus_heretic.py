@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--models", type=int, default=3, help="of either front that are judged")
     parser.add_argument("--heretic", type=Path, default=Path("heretic-venv"))
+    parser.add_argument("--together", action="store_true", help="both at once, where there is room for two")
     parser.add_argument("--their-batch", type=int, default=32)
     parser.add_argument("--set", dest="assignments", action="append", default=[])
     parser.add_argument("-o", "--output", type=Path)
@@ -353,12 +355,14 @@ def main() -> None:
             given.output.parent.mkdir(parents=True, exist_ok=True)
             given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    theirs = run_theirs(given.organism, given.work, files, given)
-    found["heretic"] = {**told(theirs), "points": [_public(p) for p in theirs["points"]]}
-    keep()
-    ours = run_ours(given.organism, given.work, files, given)
-    found["perpend"] = {**told(ours), "stages": ours["stages"], "points": [_public(p) for p in ours["points"]]}
-    keep()
+    with ThreadPoolExecutor(2 if given.together else 1) as pool:
+        running = [pool.submit(run, given.organism, given.work, files, given) for run in (run_theirs, run_ours)]
+        theirs = running[0].result()
+        found["heretic"] = {**told(theirs), "points": [_public(p) for p in theirs["points"]]}
+        keep()
+        ours = running[1].result()
+        found["perpend"] = {**told(ours), "stages": ours["stages"], "points": [_public(p) for p in ours["points"]]}
+        keep()
     judged = Judge(given.organism, given.original, splits, given)
     found["untouched"], found["original"] = judged(judged.organism), judged(judged.original)
     for name, side in (("perpend", ours), ("heretic", theirs)):

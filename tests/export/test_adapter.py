@@ -39,7 +39,8 @@ def adapted(source: Path, folder: Path, mode: str = "plain", rank: int = 8, edit
 
 def wrapped(model: torch.nn.Module, folder: Path):
     with silenced():
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        device = str(model.device)  # PEFT would take the GPU that there is
+        return peft.PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()
 
 
 @pytest.mark.parametrize(("family", "mode"), BOTH + PLAIN)

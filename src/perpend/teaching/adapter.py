@@ -55,7 +55,9 @@ def merge(loaded: Loaded, adapter: Path) -> nn.Module:
         raise UsageError(f"no {CONFIG}", where=str(adapter), hint="perpend organism BASE -o OUT makes an adapter")
     try:
         with silenced(), torch.no_grad():
-            merged: nn.Module = PeftModel.from_pretrained(loaded.model, str(adapter)).merge_and_unload()
+            device = str(loaded.model.device)  # PEFT would take a GPU where there is one
+            wrapped: Any = PeftModel.from_pretrained(loaded.model, str(adapter), torch_device=device)
+            merged: nn.Module = wrapped.merge_and_unload()
     except (ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"not an adapter of this model: {error}", where=str(adapter)) from None
     return merged.eval().requires_grad_(False)
