@@ -23,6 +23,8 @@ HOSTILE = (
     '<img src="http://example.invalid/x.png" onerror="document.title=1"></details><script>document.title=2</script>'
 )
 STEERING = "\x1b[2J \u202egnp.exe \u2066 family: \U0001f468\u200d\U0001f467"
+BROKEN = {"broken": 2, "broken_baselines": 5}
+"""Of 6 replies of a finalist."""
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -41,7 +43,9 @@ def made(tmp_path_factory, pico_dir):
         "label_after": "comply",
     }
     path.write_text(json.dumps(data))
-    (folder / "out" / "front.json").write_text('[{"refusal": 0.1, "drift": 0.2}, {"refusal": 0.3, "drift": 0.1}]')
+    broken = {key: {"k": k, "n": 6, "share": k / 6, "interval": [0, 1]} for key, k in BROKEN.items()}
+    front = [{"refusal": 0.1, "drift": 0.2, **broken}, {"refusal": 0.3, "drift": 0.1}]
+    (folder / "out" / "front.json").write_text(json.dumps(front))
     write_report(folder / "out")
     return folder / "out"
 
@@ -67,6 +71,13 @@ def test_every_part_is_on_the_page_and_text_is_escaped(made):
     assert r"\x1b[2J \u202egnp.exe \u2066 family: " + STEERING[-3:] in page
     assert " onclick" not in page
     assert "Control: a random direction" in page
+
+
+def test_the_front_shows_how_many_replies_of_a_finalist_are_broken(made):
+    table = (made / "report.html").read_text().split('aria-label="Front"')[1].split("</table>")[0]
+    rows = [row.split("<td>")[-2:] for row in table.split("<tr")[2:]]
+    assert [[cell.split("</td>")[0] for cell in row] for row in rows] == [["2/6", "5/6"], ["–", "–"]]
+    assert table.count('scope="col">broken') == 2
 
 
 def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):

@@ -414,6 +414,7 @@ def test_what_buys_acceptance_with_looping_replies_is_not_chosen(done, pico_dir,
     points = {p["name"]: p for p in front["front"]}
     ruined = points[done[1].found.chosen.name]
     assert (ruined["broken"]["k"], ruined["broken_baselines"]["k"], ruined["chosen"]) == (4, 4, False)
+    assert "<td>4/4</td><td>4/4</td>" in (tmp_path / "out" / "report.html").read_text()
     assert front["chosen"]["broken"]["k"] == front["broken"]["untouched"]["target"]["k"] == 0
     assert front["broken"]["kept"]
     assert "broken replies 0/4 → 0/4 of targets (at most 10%), 0/4 → 0/4 of baselines" in said

@@ -347,6 +347,10 @@ class Front(_Part):
     chosen: bool = False
     acceptance: Rate | None = None
     """Target prompts of the select split, at full length, of a finalist."""
+    broken: Rate | None = None
+    """Broken replies among those of `acceptance`."""
+    broken_baselines: Rate | None = None
+    """Broken replies to baseline prompts of the select split, of a finalist."""
     weights: dict[str, tuple[float, ...]] = {}
     """Weight factor of every layer, per component."""
 
