@@ -9,10 +9,15 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.apply import Source
 from perpend.cli.flags import EDIT, MACHINE_FLAGS
 from perpend.cli.options import MAKE, Request, command
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="Model, or the recipe.toml beside an edit: then without --edit.", show_default=False
+    ),
+]
 Rank = Annotated[
     int,
     typer.Option(help="Of the adapter where the edit has none of its own, as in column mode.", rich_help_panel=EDIT),
@@ -28,8 +33,8 @@ Rank = Annotated[
 def adapter(source: Source, rank: Rank = 16, *, request: Request) -> None:
     """Write an edit as a PEFT adapter.
 
-    Exact in plain mode and, as DoRA, in row mode. A column-wise edit has full rank: what the adapter leaves out of it
-    is measured and said.
+    Exact in plain mode and, as DoRA, in row mode. A column-wise edit has full rank, and fused experts have no DoRA:
+    what the adapter leaves out there is measured and said.
     """
     output, edit = request.output, request.edit
     file = Path(source) if source.lower().endswith(".toml") else None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perpend.core.edits import Edit
     from perpend.models.anatomy import Anatomy
 
+CARD = "README.md"
 PASSED_ON = ("license", "license_name", "license_link", "library_name", "pipeline_tag", "language", "tags")
 """What the base model's front matter gives to the edited model's."""
 TAGS = ("directional-ablation", "perpend")
@@ -196,7 +197,7 @@ def base_front_matter(folder: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
-    path = folder / "README.md"
+    path = folder / CARD
     if not path.is_file():
         return {}
     try:
@@ -244,7 +245,7 @@ def write_card(out: Path, base_dir: Path, facts: CardFacts) -> list[Path]:
     base = base_front_matter(Path(base_dir))
     gemma = str(base.get("license", "")).lower() == "gemma"
     title = facts.title or out.name.removesuffix(".partial")
-    written = {"README.md": render(out, base, facts, title=title, gemma=gemma)}
+    written = {CARD: render(out, base, facts, title=title, gemma=gemma)}
     if gemma:
         old = out / "NOTICE"
         kept = old.read_text(encoding="utf-8") + "\n" if old.is_file() else ""

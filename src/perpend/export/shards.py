@@ -2,7 +2,8 @@
 
 Every file is copied as it is and then only the byte ranges of the edited matrices are overwritten, so names, order,
 dtypes, shapes, headers, shard layout and untouched tensors are byte-equal because nothing else was ever written. The
-arithmetic is float32 or better and is rounded once, to the tensor's own dtype. One matrix is in memory at a time.
+arithmetic is float32 or better and is rounded once, to the tensor's own dtype. Two matrices are in memory at a time, in
+the file's dtype and with a block of columns of each widened; in row mode one, with its result in float32.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from torch import Tensor
 from perpend.core.linear import double, orthonormalise
 from perpend.core.maps import BLOCK, Geometry, ModuleEdit
 from perpend.errors import RunFailed, UsageError
+from perpend.export.card import CARD
 from perpend.export.checkpoint import Checkpoint
 from perpend.export.names import TORCH_DTYPES
 from perpend.export.shards import ExportResult, Patch
@@ -40,7 +41,7 @@ from perpend.progress import track
 UNDO = "original.undo"
 """Name of the file; its form is that of safetensors, its name is not, so that no loader takes it for weights."""
 FORM = "1"
-REPLACED = ("README.md", "NOTICE")
+REPLACED = (CARD, "NOTICE")
 """Files of the original that an export may write anew; they are kept whole."""
 
 

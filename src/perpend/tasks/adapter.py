@@ -11,7 +11,7 @@ from typing import Any
 from perpend import __version__
 from perpend.config import Machine, Recipe
 from perpend.export.adapter import AdapterResult, write_adapter
-from perpend.export.card import base_front_matter
+from perpend.export.card import CARD, base_front_matter
 from perpend.refs import ModelRef
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.forecast import Planned, forecast
@@ -84,7 +84,7 @@ def adapter(
         chosen.save(partial / EDIT)
         write_recipe(partial, pinned(found, session.loaded), chosen)
         front = _front_matter(base if ref.kind == "hub" else None, base_front_matter(folder))
-        (partial / "README.md").write_text(_card(base, front, output.name, made), encoding="utf-8")
+        (partial / CARD).write_text(_card(base, front, output.name, made), encoding="utf-8")
     return Adapted(str(output), model, made, round(time.monotonic() - started, 1))
 
 

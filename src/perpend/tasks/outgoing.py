@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from perpend.config import Recipe, load, read_toml, to_toml
 from perpend.errors import UsageError
+from perpend.export.card import CARD
 from perpend.refs import ModelRef
+from perpend.tasks.pages import PAGE, REPORT
 from perpend.tasks.portable import without_folders
+from perpend.tasks.recipes import RECIPE
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-CARD, RECIPE = "README.md", "recipe.toml"
-REPLIES = ("report.html", "report.json", "before.jsonl", "after.jsonl")
+REPLIES = (PAGE, REPORT, "before.jsonl", "after.jsonl")
 """Files that hold prompts and replies."""
 PARTS = (
     CARD,

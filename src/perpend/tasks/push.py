@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from perpend import __version__
 from perpend.errors import PerpendError, RunFailed, UsageError
+from perpend.export.card import CARD
 from perpend.progress import track
 from perpend.refs import without_bars
 from perpend.tasks.outgoing import Kept, Sent, choose, require_card
@@ -156,7 +157,7 @@ def _validated(card: ModelCard, folder: Path) -> None:
     try:
         card.validate(repo_type="model")
     except ValueError as error:
-        raise UsageError(f"the hub refuses this card: {_first(str(error))}", where=str(folder / "README.md")) from None
+        raise UsageError(f"the hub refuses this card: {_first(str(error))}", where=str(folder / CARD)) from None
 
 
 def _first(answer: str) -> str:

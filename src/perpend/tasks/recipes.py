@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from perpend import __version__
 from perpend.config import Recipe, load, read_toml, to_toml
-from perpend.core.edits import Edit
 from perpend.errors import UsageError
 
 if TYPE_CHECKING:
+    from perpend.core.edits import Edit
     from perpend.models.load import Loaded
 
 RECIPE, EDIT, DIRECTIONS = "recipe.toml", "edit.safetensors", "directions.safetensors"
@@ -44,6 +44,8 @@ def read_recipe(path: Path) -> Written:
     Raises:
         UsageError: no recipe, no edit beside it, or an edit of another hash.
     """
+    from perpend.core.edits import Edit
+
     recipe, result = load(path), read_toml(path).get("result") or {}
     if "edit" not in result:
         raise UsageError(
@@ -74,6 +76,8 @@ def find_edit(path: Path) -> Edit:
     Raises:
         UsageError: there is none.
     """
+    from perpend.core.edits import Edit
+
     if path.suffix == ".toml":
         return read_recipe(path).edit
     return Edit.load(path / EDIT if path.is_dir() else path)
