@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from inspect import isfunction, signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+import perpend
 from perpend.cli.main import app
 from perpend.config import Recipe, load
 from perpend.data import load_splits
@@ -65,6 +68,20 @@ def test_the_python_on_the_pages_runs_on_a_small_model(pico_dir, tmp_path, monke
     said = capsys.readouterr().out
     assert "hybrid ['refuse']" in said
     assert "[1, 3, 32]" in said
+
+
+def test_the_page_of_functions_gives_their_signatures():
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"`(\w+)\(([^`]*)\)`", "".join(re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE))))
+    assert set(told) == {name for name in perpend.__all__ if isfunction(getattr(perpend, name))}
+    for name, arguments in told.items():
+        scope: dict[str, Any] = {}
+        exec(f"def told({arguments.replace('…', 'recipe=None, machine=None')}): pass", scope)
+        page_says, is_so = (
+            {p.name: (p.kind, p.default) for p in signature(f).parameters.values()}
+            for f in (scope["told"], getattr(perpend, name))
+        )
+        assert page_says == is_so, name
 
 
 @pytest.mark.parametrize("name", OWN_PROMPTS)
