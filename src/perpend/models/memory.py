@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import sys
 from pathlib import Path
 
 import torch
@@ -34,8 +37,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def reclaim() -> None:
-    """Give back what nothing refers to any more, on the GPU too."""
+    """Give back what nothing refers to any more, to the system where the C library can, on the GPU too."""
     gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -19,7 +19,9 @@ from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model
 from perpend.models.materialise import materialise_gguf
+from perpend.models.memory import release
 from perpend.models.recall import Recalled
+from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
@@ -172,14 +174,16 @@ def compare_with_original(folder: Path, done: Run, recipe: Recipe, machine: Mach
     """
     if done.report is None:
         raise AssertionError("a run that was not dry has a report")
-    models = {
-        name: as_asked(load_model(ModelRef("dir", str(folder / name)), machine), recipe, machine)
-        for name in (ORIGINAL, ORGANISM, EDITED)
-    }
+
+    def opened(name: str) -> Session:
+        return as_asked(load_model(ModelRef("dir", str(folder / name)), machine), recipe, machine)
+
+    before_taught = opened(ORIGINAL)
     target = load_splits(recipe.prompts).report.target
-    original = judge(target, ask(models[ORIGINAL], target.prompts, recipe), open_panel(recipe, machine))
-    before = Recalled(models[ORIGINAL])
-    drifts = [
-        cost(models[name], None, original, recipe.eval.drift_tokens, reference=before) for name in (ORGANISM, EDITED)
-    ]
+    original = judge(target, ask(before_taught, target.prompts, recipe), open_panel(recipe, machine))
+    reference, drifts = Recalled(before_taught), []
+    for name in (ORGANISM, EDITED):
+        session = opened(name)
+        drifts.append(cost(session, None, original, recipe.eval.drift_tokens, reference=reference))
+        release(session.model)
     return Truth(original, compare(original.judged, done.report.after.target.judged), *drifts)

@@ -13,6 +13,7 @@ from perpend.data import Prompt, PromptPair
 from perpend.judges.judgement import Judgement
 from perpend.judges.labels import Record
 from perpend.judges.panel import Panel
+from perpend.models.memory import reclaim
 from perpend.models.recall import Recalled
 from perpend.models.session import Reply, Session
 from perpend.tasks.setup import sampling
@@ -72,9 +73,11 @@ def records(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Record]
 def ask(
     session: Session, prompts: Sequence[Prompt], recipe: Recipe, store: MutableMapping[str, Reply] | None = None
 ) -> list[Reply]:
-    """Let the model reply as the recipe says, under the edit that is in place."""
-    drawn = sampling(session, recipe)
-    return session.generate(prompts, max_new_tokens=recipe.eval.max_new_tokens, sampling=drawn, store=store)
+    """Let the model reply as the recipe says, under the edit in place; memory of its caches is given back."""
+    drawn, tokens = sampling(session, recipe), recipe.eval.max_new_tokens
+    replies = session.generate(prompts, max_new_tokens=tokens, sampling=drawn, store=store)
+    reclaim()
+    return replies
 
 
 def measure(
