@@ -134,21 +134,22 @@ class ResidualFitter:
             raise UsageError(
                 f"residuals of shape {list(residuals.shape)}", valid=f"[prompts, {self.n_layers}, {self.hidden_size}]"
             )
-        x = residuals.detach()
-        broken = (~torch.isfinite(x)).any(-1).sum(0)
-        x = double(x if self.winsorize is None else winsorize(x, self.winsorize))
+        x = residuals.detach() if self.winsorize is None else winsorize(residuals.detach(), self.winsorize)
+        if x.device.type == "mps":  # it has no float64
+            x = x.cpu()
         if not self.count:
             self._sums = {name: total.to(x.device) for name, total in self._sums.items()}
         first = self.count % 2
         parts = {first: x[0::2], 1 - first: x[1::2]}
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=working(x.dtype)).double()
         batch = {
             "counts": torch.tensor([len(parts[0]), len(parts[1])]),
-            "sum": torch.stack([parts[0].sum(0), parts[1].sum(0)]),
-            "norm": x.norm(dim=-1).sum(0),
-            "broken": broken,
+            "sum": torch.stack([parts[half].sum(0, dtype=torch.float64) for half in (0, 1)]),
+            "norm": norm.sum(0),
+            "broken": (~torch.isfinite(norm)).sum(0),
         }
         if "outer" in self._sums:
-            batch["outer"] = torch.einsum("bli,blj->lij", x, x)
+            batch["outer"] = torch.einsum("bli,blj->lij", double(x), double(x))
         self._add(batch)
 
     def _add(self, other: Mapping[str, Tensor]) -> None:
