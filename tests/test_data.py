@@ -211,6 +211,11 @@ def test_shipped_prompts_come_split() -> None:
     assert len(load_splits(PromptsSection(limit=4)).report.target) == 4
     with pytest.raises(UsageError, match="no split 'test'"):
         load_prompts("perpend:target#split=test")
+    first = load_prompts("perpend:target#split=fit[:5]")
+    assert first.prompts == splits.fit.target.prompts[:5]
+    assert load_prompts("perpend:target#split=fit[5:7]").prompts == splits.fit.target.prompts[5:7]
+    with pytest.raises(UsageError, match=r"no split 'fit\[a:\]'"):
+        load_prompts("perpend:target#split=fit[a:]")
 
 
 SHIPPED = {

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -290,11 +292,13 @@ def _prompts(ref: DataRef) -> Iterator[Prompt]:
 
 
 def _shipped(ref: DataRef) -> Iterator[Prompt]:
-    if ref.split is not None and ref.split not in SPLITS:
-        raise UsageError(f"no split '{ref.split}'", where=str(ref), valid=", ".join(SPLITS))
-    for split in [ref.split] if ref.split else SPLITS:
+    named = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", ref.split or "")
+    if ref.split is not None and (named is None or named[1] not in SPLITS):
+        raise UsageError(f"no split '{ref.split}'", where=str(ref), valid=f"{', '.join(SPLITS)}, or fit[:100]")
+    first, last = (int(n) if n else None for n in named.groups()[1:]) if named else (None, None)
+    for split in [named[1]] if named else SPLITS:
         path = _SHIPPED / f"{ref.name}.{split}.jsonl"
-        for row in _file_rows(DataRef("file", str(path)), path):
+        for row in islice(_file_rows(DataRef("file", str(path)), path), first, last):
             yield Prompt(row["text"], topic=row.get("topic", ""), form=row.get("form", ""))
 
 

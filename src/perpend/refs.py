@@ -180,7 +180,7 @@ class DataRef:
         kind: builtin (`perpend:target`), file or hub.
         name: Name after `perpend:`, path, or hub id.
         revision: Branch, tag or commit on the hub.
-        split: fit, select or report of a builtin; on the hub a split with an optional slice, such as `train[:400]`.
+        split: fit, select or report of a builtin, or a split of the hub; with an optional slice, such as `fit[:100]`.
         column: Column of the prompt text; None takes the first of `perpend.data.COLUMNS` that is there.
         image: Column of an image path or URL; None takes `image` of a file that has such a column.
         config: Configuration of a hub data set.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from perpend.config import Machine, Recipe
+from perpend.config import Machine, PromptsSection, Recipe
 from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.drift import Drift
@@ -34,7 +34,9 @@ from perpend.teaching import adapter, shipped
 S = TypeVar("S", bound=BaseModel)
 
 LIMIT = 200
-"""Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes."""
+"""Prompts of each class and split, at most."""
+SLICES = {"fit": "[:128]", "select": "[:96]", "report": ""}
+"""What is used of the shipped prompts: the report split whole, and of the others what keeps the demo in minutes."""
 PEAK = 1.5
 """Weight factor at the peak of the kernels: at 1 this organism still refuses 22 of 48 targets of the select split."""
 CONTROLS = 32
@@ -150,9 +152,19 @@ def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
         update={
             "edit": edit.model_copy(update=kernels),
             "eval": _or_else(recipe.eval, classifier=SMALL, control_prompts=CONTROLS),
-            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
+            "prompts": _prompts(recipe.prompts, limit),
         }
     )
+
+
+def _prompts(section: PromptsSection, limit: int | None) -> PromptsSection:
+    """Return the slices of the shipped prompts, or the prompts that a recipe names; of either at most the limit."""
+    sliced = {}
+    for side in ("target", "baseline"):
+        parts = {f"{side}{end}": split for end, split in (("", "fit"), ("_select", "select"), ("_report", "report"))}
+        if not section.model_fields_set & parts.keys():
+            sliced |= {key: f"perpend:{side}#split={split}{SLICES[split]}" for key, split in parts.items()}
+    return section.model_copy(update={**sliced, "limit": limit or section.limit or LIMIT})
 
 
 def _or_else(section: S, **usual: Any) -> S:

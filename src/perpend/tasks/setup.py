@@ -88,7 +88,7 @@ def as_stored(session: Session, recipe: Recipe, machine: Machine) -> tuple[Sessi
 
 def shipped(recipe: Recipe) -> list[str]:
     """Return the classes whose prompts are the shipped ones."""
-    return [side for side in ("target", "baseline") if getattr(recipe.prompts, side) == f"perpend:{side}"]
+    return [side for side in ("target", "baseline") if getattr(recipe.prompts, side).split("#")[0] == f"perpend:{side}"]
 
 
 def open_splits(recipe: Recipe) -> Splits:
