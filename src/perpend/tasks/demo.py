@@ -159,7 +159,7 @@ def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
 
 def _prompts(section: PromptsSection, limit: int | None) -> PromptsSection:
     """Return the slices of the shipped prompts, or the prompts that a recipe names; of either at most the limit."""
-    sliced = {}
+    sliced: dict[str, str] = {}
     for side in ("target", "baseline"):
         parts = {f"{side}{end}": split for end, split in (("", "fit"), ("_select", "select"), ("_report", "report"))}
         if not section.model_fields_set & parts.keys():
