@@ -51,6 +51,7 @@ def test_keys_that_are_off_are_shown_and_become_valid_when_switched_on():
     off = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line and "λ" not in line]
     named = {key for line in off for key in tomllib.loads(line)}
     tables = [table for table in Recipe().model_dump().values() if isinstance(table, dict)]
+    tables += [value for table in tables for value in table.values() if isinstance(value, dict)]  # the schedules
     assert named == {key for table in tables for key, value in table.items() if value is None}
 
 

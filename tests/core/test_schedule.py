@@ -47,6 +47,25 @@ def test_weight_factors_fall_with_the_distance_from_the_peak_and_never_exceed_it
     assert all(w * weight >= 0 for w in weights)
 
 
+@given(
+    first=st.none() | st.floats(-2, 20),
+    last=st.none() | st.floats(-2, 20),
+    kind=st.sampled_from([NormalKernel, Tent, Band]),
+)
+def test_edges_are_hard_and_change_nothing_between_them(first, last, kind):
+    whole = kind(peak_layer=9, spread=8).weights(20)
+    cut = kind(peak_layer=9, spread=8, first=first, last=last).weights(20)
+    for layer, (one, other) in enumerate(zip(whole, cut, strict=True)):
+        inside = (first is None or layer >= first) and (last is None or layer <= last)
+        assert other == (one if inside else 0.0)
+
+
+def test_an_edge_is_a_layer_or_a_share_of_the_depth():
+    made = parse({"kind": "normal", "spread": 50, "first": "40%", "last": 8})
+    assert [layer for layer, weight in enumerate(made.weights(10)) if weight] == [4, 5, 6, 7, 8]
+    assert parse(made.model_dump(mode="json")) == made
+
+
 def test_normal_kernel_by_its_formula():
     weights = NormalKernel(peak_weight=-0.8, peak_layer=2.5, spread=1.5, cut=0).weights(6)
     assert weights == pytest.approx([-0.8 * math.exp(-((layer - 2.5) ** 2) / (2 * 1.5**2)) for layer in range(6)])
@@ -86,6 +105,8 @@ def test_schedules_are_told_apart_by_kind_and_survive_json(kind):
         {"kind": "normal", "peak_weight": float("inf")},
         {"kind": "normal", "peak": 3},
         {"kind": "tent", "cut": -1},
+        {"kind": "band", "first": "low"},
+        {"kind": "constant", "first": 3},
         {"kind": "gauss"},
         {"kind": "list"},
     ],

@@ -63,6 +63,10 @@ class _Peaked(_Schedule):
     """Width: the standard deviation of the normal kernel, the half-width of tent and band."""
     cut: Annotated[FiniteFloat, Field(ge=0)] = CUT
     """Weight factors below this in magnitude are set to 0."""
+    first: Length | None = None
+    """First layer that is edited: λ is exactly 0 below it; None for no such edge."""
+    last: Length | None = None
+    """Last layer that is edited: λ is exactly 0 above it; None for no such edge."""
 
     @model_validator(mode="after")
     def _positive_spread(self) -> _Peaked:
@@ -72,8 +76,10 @@ class _Peaked(_Schedule):
 
     def _shaped(self, n_layers: int, shape: Callable[[float], float]) -> list[float]:
         peak, spread = layers(self.peak_layer, n_layers), layers(self.spread, n_layers)
+        first = -math.inf if self.first is None else layers(self.first, n_layers)
+        last = math.inf if self.last is None else layers(self.last, n_layers)
         raw = [self.peak_weight * shape((layer - peak) / spread) for layer in range(n_layers)]
-        return [w if abs(w) >= self.cut else 0.0 for w in raw]
+        return [w if abs(w) >= self.cut and first <= layer <= last else 0.0 for layer, w in enumerate(raw)]
 
 
 class NormalKernel(_Peaked):

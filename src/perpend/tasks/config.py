@@ -27,6 +27,7 @@ _EXAMPLES: dict[str, Any] = {
     "prompts.chat_template": "template.jinja",
     "prompts.limit": 64,
     "fit.winsorize": 0.995,
+    **{f"edit.{part}.{edge}": place for part in ("attention", "mlp") for edge, place in (("first", 10), ("last", 28))},
     "search.minutes": 30.0,
     "search.max_drift": 0.1,
     "search.min_acceptance": 0.9,
