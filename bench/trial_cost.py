@@ -133,7 +133,7 @@ def main() -> None:
     session = Session(load_model(given.organism), Machine())
     recipe = load(base={"prompts": {"limit": given.prompts}})
     splits = load_splits(recipe.prompts)
-    directions = {1: at_position(session, splits.fit, splits.select, recipe, -1, (None, {}))}
+    directions = {("mean", 1): at_position(session, splits.fit, splits.select, recipe, -1, (None, {}))}
     behaviour = observe(session, splits.select)
     n, rows, asked = session.n_layers, [], None
     for count in given.rows:

@@ -273,7 +273,7 @@ def edit_of(session: Session, out: Path, data: Point) -> Edit:
     recipe = Recipe.model_validate({"edit": {part: data[part] for part in ("attention", "mlp")}})
     layer = None if data["layer"] == "each" else data["layer"]
     own = (data["mode"], data["through_post_norm"], recipe.edit.attention, recipe.edit.mlp)
-    return Candidate(layer, data["rank"], *own).edit(session, base.directions, recipe)
+    return Candidate(layer, data["rank"], *own, data["method"]).edit(session, base.directions, recipe)
 
 
 def compared(theirs: dict[str, Any], ours: dict[str, Any], untouched: Point, budget: float) -> dict[str, Any]:

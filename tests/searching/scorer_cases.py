@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from perpend.core.directions import Directions
+from perpend.core.kinds import Basis
 from perpend.core.linear import orthonormalise
 from perpend.data import Prompt, PromptPair, PromptSet
 from perpend.fitting.behaviour import Behaviour
@@ -20,12 +21,12 @@ def behaviour(session: Session, n: int = 6) -> Behaviour:
     return Behaviour(both, *(tuple((reply, label) for reply in part) for part, label in zip(said, labels, strict=True)))
 
 
-def directions(session: Session) -> dict[int, Directions]:
+def directions(session: Session) -> dict[Basis, Directions]:
     generator = torch.Generator().manual_seed(0)
     layers, size = session.n_layers, session.hidden_size
     found = {}
     for rank in (1, 2):
         vectors = orthonormalise(torch.randn(layers, rank, size, generator=generator)).float()
         means = torch.randn(2, layers, size, generator=generator)
-        found[rank] = Directions(vectors, torch.ones(layers), means[0], means[1], "mean", {}, {})
+        found["mean", rank] = Directions(vectors, torch.ones(layers), means[0], means[1], "mean", {}, {})
     return found

@@ -18,6 +18,6 @@ def test_a_base_comes_out_as_it_went_in(pico_dir):
     again = Base.from_texts(texts)
     assert again.to_texts() == texts
     assert (again.replies, again.counts, again.directions.keys()) == (replies, {"targets": 6}, own.keys())
-    for rank, found in again.directions.items():
-        assert torch.equal(found.vectors, own[rank].vectors)
-        assert torch.equal(found.target_mean, own[rank].target_mean)
+    for basis, found in again.directions.items():
+        assert torch.equal(found.vectors, own[basis].vectors)
+        assert torch.equal(found.target_mean, own[basis].target_mean)

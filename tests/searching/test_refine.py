@@ -16,6 +16,7 @@ from perpend.models.load import load_model
 from perpend.models.session import Session
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer
+from perpend.searching.objectives import Question
 from perpend.searching.refine import _Descent, refine
 
 LEASH = 0.3
@@ -59,8 +60,29 @@ def test_a_start_at_the_end_of_the_leash_is_returned_unless_refusal_falls(scorer
         assert found.outcome.refusal <= start.refusal
 
 
+def test_the_start_is_what_the_candidate_is_whatever_the_bound(scorer):
+    strong = replace(START, attention=Constant(weight=1.45), mlp=Constant(weight=0.3))
+    work = _Descent(scorer.session, scorer, strong, 1.2, False, ())
+    assert work.result(False)[0].weights(scorer.session.n_layers) == strong.weights(scorer.session.n_layers)
+    found = refine(scorer.session, scorer, strong, steps=3, max_drift=9.0)
+    assert max(found.candidate.weights(scorer.session.n_layers)["attention"]) <= 1.45
+
+
+def test_what_is_held_out_changes_no_step_and_no_choice(scorer, monkeypatch):
+    options = {"steps": 5, "max_drift": LEASH, "held_out": (1, 4)}
+    found = refine(scorer.session, scorer, START, **options)
+    assert found.candidate != refine(scorer.session, scorer, START, steps=5, max_drift=LEASH).candidate
+    own = Question.log_odds
+    hidden = {scorer.found.questions[k].prompt.id for k in options["held_out"]}
+    monkeypatch.setattr(Question, "log_odds", lambda q, x: own(q, x) * (100.0 if q.prompt.id in hidden else 1.0))
+    assert scorer.score([START])[0].refusal != pytest.approx(found.start.refusal, rel=0.1)
+    assert refine(scorer.session, scorer, START, **options).candidate == found.candidate
+    with pytest.raises(UsageError, match="held out"):
+        refine(scorer.session, scorer, START, held_out=range(6))
+
+
 def test_the_gradient_is_that_of_the_objective(scorer):
-    work = _Descent(scorer.session, scorer, START, 1.2, False)
+    work = _Descent(scorer.session, scorer, START, 1.2, False, ())
     loss = work.loss([0], [0], 0.01, 0.5)
     loss.backward()
     for part, layer in ((0, 0), (1, 2)):
@@ -106,9 +128,9 @@ def test_a_refined_direction_is_unit_and_does_better_than_the_weight_factors_alo
     assert turned.outcome.drift <= LEASH
     again = scorer.score([turned.candidate], directions=turned.directions)[0]
     assert again.refusal == pytest.approx(turned.outcome.refusal, abs=1e-4)
-    vectors = turned.directions[1].vectors
+    vectors = turned.directions["mean", 1].vectors
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:2]))
-    moved = (vectors - scorer.directions[1].vectors).norm(dim=-1).flatten() > 1e-4
+    moved = (vectors - scorer.directions["mean", 1].vectors).norm(dim=-1).flatten() > 1e-4
     assert moved.nonzero().flatten().tolist() == [1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import toy
 import perpend.searching.study as study
 from perpend.errors import MissingExtra, UsageError
 from perpend.searching.storage import masked, open_storage
-from perpend.searching.study import Ledger
+from perpend.searching.study import Ledger, Outcome
 from perpend.searching.workers import work
 
 LIMIT = 28
@@ -149,6 +150,16 @@ def test_a_worker_without_a_sign_of_life_loses_its_batch_and_its_late_answer(tmp
     assert not slow.end(batch, outcomes, 1.0)
     assert other.end(again, outcomes, 1.0)
     assert [t.outcome for t in other.view(8, 4).finished()] == outcomes
+
+
+def test_the_front_grows_where_low_drift_is_halved(tmp_path):
+    ledger = Ledger(tmp_path / "s.log", "s")
+    ledger.create()
+    outcomes = iter([Outcome(0.0, 0.04)] * 8 + [Outcome(0.0, 0.02)] * 8)
+    work(ledger, toy.PLAN, lambda c, f: [next(outcomes) for _ in c], limit=16, patience=0, stop=lambda: None)
+    first, then = toy.PLAN.volumes(ledger.view(8, 4), 16)
+    assert first == pytest.approx(4.0 * math.log10(0.5 / 0.04))
+    assert then == pytest.approx(4.0 * math.log10(0.5 / 0.02))
 
 
 def test_trials_made_twice_are_run_once(tmp_path):

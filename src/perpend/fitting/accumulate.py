@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perpend.config import FitSection
 from perpend.core.directions import ClusterFitter, Directions, fit_directions, separation
+from perpend.core.kinds import Basis
 from perpend.core.residuals import ResidualFitter, ResidualStats
 from perpend.data import Prompt, PromptPair
 from perpend.errors import UsageError
@@ -85,12 +86,48 @@ def accumulate(
         Directions with the diagnostics `split_half_cosine`, `top4_share`, `baseline_cosine` and, with `held_out`,
         `auc`.
     """
+    basis = (section.method, section.rank)
+    found = families(session, pair, section, [basis], held_out=held_out, checkpoint=checkpoint, provenance=provenance)
+    return found[basis]
+
+
+def families(
+    session: Session,
+    pair: PromptPair,
+    section: FitSection,
+    bases: Sequence[Basis],
+    *,
+    held_out: PromptPair | None = None,
+    checkpoint: Checkpoint | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> dict[Basis, Directions]:
+    """Fit directions of several methods and k: the prompts are read once, and clustered once for each k above 1.
+
+    Args:
+        session: The model, with whatever edit is in place.
+        pair: Target and baseline prompts to fit on.
+        section: Position and winsorising.
+        bases: Each method and k.
+        held_out: See `accumulate`; only the first of the bases says how well it separates these.
+        checkpoint: See `residual_stats`.
+        provenance: What the directions remember.
+    """
     stats = class_stats(session, pair, section, checkpoint=checkpoint)
-    found = directions_of(session, pair, section, stats, provenance=provenance)
-    if held_out is None:
-        return found
-    places = [coordinates(session, side.prompts, found, section) for side in (held_out.target, held_out.baseline)]
-    return found.with_diagnostics(auc=separation(*places))
+    found: dict[Basis, Directions] = {}
+    for rank in dict.fromkeys(rank for _, rank in bases):
+        own = section.model_copy(update={"rank": rank})
+        clusters = centroids(session, pair.target.prompts, own) if rank > 1 else None
+        for method in (method for method, k in bases if k == rank):
+            found[method, rank] = fit_directions(
+                *stats, method=method, rank=rank, clusters=clusters, provenance=provenance
+            )
+    if held_out is not None:
+        first = bases[0]
+        places = [
+            coordinates(session, side.prompts, found[first], section) for side in (held_out.target, held_out.baseline)
+        ]
+        found[first] = found[first].with_diagnostics(auc=separation(*places))
+    return found
 
 
 def class_stats(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.kinds import Basis
 from perpend.core.reliability import cosines, expected_cosine
 from perpend.core.schedule import layers as length
 from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
-from perpend.fitting.accumulate import Checkpoint, accumulate, fixed_position
+from perpend.fitting.accumulate import Checkpoint, families, fixed_position
 from perpend.fitting.behaviour import observe, usable
 from perpend.fitting.iterative import Step, iterate
 from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
@@ -113,15 +114,33 @@ def at_position(
     session: Session, pair: PromptPair, held_out: PromptPair | None, recipe: Recipe, position: int, kept: Kept
 ) -> Directions:
     """Return the directions of all layers at one position; with `held_out`, also how well they separate it."""
+    basis = (recipe.fit.method, recipe.fit.rank)
+    return all_at(session, pair, held_out, recipe, position, [basis], kept)[basis]
+
+
+def all_at(
+    session: Session,
+    pair: PromptPair,
+    held_out: PromptPair | None,
+    recipe: Recipe,
+    position: int,
+    bases: Sequence[Basis],
+    kept: Kept,
+) -> dict[Basis, Directions]:
+    """Return the directions of each method and k at one position, all from the same passes over the prompts.
+
+    With `held_out` those of the first also say how well they separate it.
+    """
     checkpoint, provenance = kept
 
     def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
         return checkpoint(f"{name}{position}", state) if checkpoint else None
 
-    return accumulate(
+    return families(
         session,
         pair,
         recipe.fit.model_copy(update={"position": position}),
+        bases,
         held_out=held_out,
         checkpoint=named if checkpoint else None,
         provenance={**provenance, "position": position},

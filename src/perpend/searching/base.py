@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from perpend.config import Recipe
 from perpend.core.directions import Directions
+from perpend.core.kinds import Basis, Method
 from perpend.data import Splits
 from perpend.fitting.accumulate import Checkpoint, fixed_position
 from perpend.fitting.behaviour import Behaviour, observe, usable
-from perpend.fitting.fit import at_position, fingerprints
+from perpend.fitting.fit import all_at, fingerprints
 from perpend.models.session import Reply, Session
 
 Stores = Callable[[str], MutableMapping[str, Reply]]
@@ -24,8 +26,8 @@ Stores = Callable[[str], MutableMapping[str, Reply]]
 class Base:
     """Directions and replies of the untouched model."""
 
-    directions: Mapping[int, Directions]
-    """By k."""
+    directions: Mapping[Basis, Directions]
+    """By method and k."""
     replies: Mapping[str, Reply]
     """Of the select split and whatever else the score is made of, by prompt id."""
     counts: Mapping[str, int]
@@ -37,7 +39,7 @@ class Base:
 
     def to_texts(self) -> dict[str, str]:
         """Return everything as text, by name; the same base gives the same text."""
-        found = {f"directions:{rank}": _packed(own) for rank, own in sorted(self.directions.items())}
+        found = {f"directions:{method}:{rank}": _packed(own) for (method, rank), own in self.directions.items()}
         replies = {name: asdict(reply) for name, reply in sorted(self.replies.items())}
         return {**found, "replies": json.dumps(replies), "counts": json.dumps(dict(self.counts))}
 
@@ -46,23 +48,24 @@ class Base:
         """Read what `to_texts` gave."""
         kept = json.loads(texts["replies"])
         replies = {n: Reply(r["text"], tuple(r["tokens"]), r["finished"]) for n, r in kept.items()}
-        named = {name.partition(":"): text for name, text in texts.items()}
-        found = {int(rank): _unpacked(text) for (kind, _, rank), text in named.items() if kind == "directions"}
+        packed = [(name.split(":")[1:], text) for name, text in texts.items() if name.startswith("directions:")]
+        found = {(cast(Method, method), int(rank)): _unpacked(text) for (method, rank), text in packed}
+        found = dict(sorted(found.items(), key=lambda item: item[0][1]))
         return cls(found, replies, json.loads(texts["counts"]))
 
 
 def measure_base(
-    session: Session, splits: Splits, recipe: Recipe, ranks: tuple[int, ...], stores: Stores, checkpoint: Checkpoint
+    session: Session, splits: Splits, recipe: Recipe, bases: tuple[Basis, ...], stores: Stores, checkpoint: Checkpoint
 ) -> Base:
-    """Fit the directions of each k on the fit split and let the model reply to the select split.
+    """Fit the directions of each method and k on the fit split and let the model reply to the select split.
 
     Args:
         session: The untouched model.
         splits: Prompts; the report split is not looked at.
         recipe: How directions are measured.
-        ranks: Each k.
+        bases: Each method and k.
         stores: Gives a store of replies by name, so that an interrupted search goes on where it was.
-        checkpoint: Keeps sums, likewise; with it the prompts are read once for all k.
+        checkpoint: Keeps sums, likewise.
 
     Raises:
         RunFailed: too few prompts on which the model does what their class says.
@@ -75,12 +78,7 @@ def measure_base(
     replies = stores("select")
     observe(session, splits.select, store=replies)
     kept = (checkpoint, {"model": session.loaded.ref.portable, "fit": fingerprints(pair)})
-    found = {}
-    for rank in ranks:
-        own = recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"rank": rank})})
-        held_out = splits.select if rank == ranks[0] else None
-        found[rank] = at_position(session, pair, held_out, own, position, kept)
-    return Base(found, dict(replies), counts)
+    return Base(all_at(session, pair, splits.select, recipe, position, bases, kept), dict(replies), counts)
 
 
 def _packed(directions: Directions) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.kinds import Basis
 from perpend.core.stats import bootstrap_mean
 from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import Behaviour
@@ -35,10 +36,12 @@ from perpend.progress import note
 from perpend.searching.candidate import Candidate
 from perpend.searching.objectives import Question, divergence, likelihoods
 from perpend.searching.openings import Found, find
-from perpend.searching.racing import Race
+from perpend.searching.racing import NOT_FINITE, Race
 from perpend.searching.sheets import Sheet, find_room, together
 from perpend.searching.study import ROUND, Outcome
 
+RESAMPLES = 2000
+"""Of the prompts, for the intervals of a score: every trial has two."""
 LEAST = 256
 """Padded tokens of a forward pass below which a batch is not halved again."""
 
@@ -48,7 +51,7 @@ class Scorer:
 
     Attributes:
         session: The untouched model.
-        directions: The directions of each k.
+        directions: The directions of each method and k.
         recipe: What is not searched.
         found: The questions, and how their openings were found.
         untouched: The score of the model without an edit: its refusal, and drift 0.
@@ -58,7 +61,7 @@ class Scorer:
     def __init__(
         self,
         session: Session,
-        directions: Mapping[int, Directions],
+        directions: Mapping[Basis, Directions],
         recipe: Recipe,
         behaviour: Behaviour,
         questions: str | None = None,
@@ -67,7 +70,7 @@ class Scorer:
 
         Args:
             session: The untouched model.
-            directions: The directions of each k.
+            directions: The directions of each method and k.
             recipe: What is not searched, and how many prompts of each class are used.
             behaviour: What the model does by itself on the select split.
             questions: What `found.to_text()` gave another scorer, so that both ask the same; found here by default.
@@ -100,24 +103,28 @@ class Scorer:
         """Prompts of each class that a candidate is scored on."""
         return {name: len(sheet.sizes) for name, sheet in self.sheets.items()}
 
+    def asked(self, of: range) -> list[int]:
+        """Return which questions have these sequences of the sheet of targets as replies, counted over all."""
+        ends = accumulate(len(q.replies) for q in self.found.questions)
+        return [k for k, end in enumerate(ends) if of.start < end <= of.stop]
+
     def questions(self, of: range) -> list[Question]:
         """Return the questions whose replies are these sequences of the sheet of targets, counted over all."""
-        ends = list(accumulate(len(q.replies) for q in self.found.questions))
-        return [q for q, end in zip(self.found.questions, ends, strict=True) if of.start < end <= of.stop]
+        return [self.found.questions[k] for k in self.asked(of)]
 
     def score(
         self,
         candidates: Sequence[Candidate],
         *,
         rivals: Sequence[Outcome] = (),
-        directions: Mapping[int, Directions] | None = None,
+        directions: Mapping[Basis, Directions] | None = None,
     ) -> list[Outcome]:
         """Return what each candidate is worth; one that fails says why, and the others go on.
 
         Args:
             candidates: Any number; as many go together as the recipe says.
             rivals: What lies on the front: what cannot reach it any more is dropped on the way.
-            directions: Other directions of each k than the scorer's own.
+            directions: Other directions than the scorer's own.
         """
         edits: dict[int, Edit] = {}
         outcomes: dict[int, Outcome] = {}
@@ -176,7 +183,7 @@ class Scorer:
                 if not race.left:
                     break
                 rows = rows.keep([before.index(k) for k in race.left])
-        return [outcome(race.odds[k], race.drift[k], race.dropped.get(k)) for k in range(len(edits))]
+        return [race.dropped.get(k) or outcome(race.odds[k], race.drift[k]) for k in range(len(edits))]
 
     # -------------------------------------------------------------------------------------------------- one edit
 
@@ -216,14 +223,14 @@ def log_odds(questions: Sequence[Question], found: Tensor) -> Tensor:
     return torch.stack([q.log_odds(part) for q, part in zip(questions, each, strict=True)], dim=1)
 
 
-def outcome(odds: Sequence[float], drift: Sequence[float], dropped: str | None = None) -> Outcome:
-    """Return means and intervals of log-odds and drift over the prompts that were read; not finite ones have failed."""
+def outcome(odds: Sequence[float], drift: Sequence[float]) -> Outcome:
+    """Return means and intervals of log-odds and drift over all prompts; not finite ones have failed."""
     if not all(map(math.isfinite, [*odds, *drift])):
-        return Outcome(failed="the logits are not finite")
+        return Outcome(failed=NOT_FINITE)
     costs = [max(0.0, x) for x in drift]
-    (refusal, *reach), (cost, *spread) = bootstrap_mean(odds), bootstrap_mean(costs)
-    found = Outcome(refusal, cost, (reach[0], reach[1]), (spread[0], spread[1]), dropped)
-    return found if dropped else replace(found, per_target=_short(odds), per_baseline=_short(costs))
+    (refusal, *reach), (cost, *spread) = (bootstrap_mean(x, RESAMPLES) for x in (odds, costs))
+    found = Outcome(refusal, cost, (reach[0], reach[1]), (spread[0], spread[1]))
+    return replace(found, per_target=_short(odds), per_baseline=_short(costs))
 
 
 def _short(numbers: Sequence[float]) -> tuple[float, ...]:

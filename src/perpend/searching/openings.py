@@ -25,6 +25,7 @@ import torch
 from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.kinds import Basis
 from perpend.core.schedule import Constant
 from perpend.data import Prompt
 from perpend.errors import RunFailed
@@ -109,7 +110,7 @@ class Found:
 
 def find(
     session: Session,
-    directions: Mapping[int, Directions],
+    directions: Mapping[Basis, Directions],
     recipe: Recipe,
     behaviour: Behaviour,
     probe: Probe,
@@ -119,7 +120,7 @@ def find(
 
     Args:
         session: The untouched model.
-        directions: The directions of each k.
+        directions: The directions of each method and k.
         recipe: What is not searched.
         behaviour: What the untouched model does by itself; the whole of its refusals tells openings from refusals.
         probe: The targets that candidates are scored on, with the model's own refusals.
@@ -179,14 +180,14 @@ def delayed(session: Session, refusal: Tokens, reply: Tokens) -> tuple[Tokens, .
 
 
 def _bent(
-    session: Session, directions: Mapping[int, Directions], recipe: Recipe, probe: Probe, room: Room | None
+    session: Session, directions: Mapping[Basis, Directions], recipe: Recipe, probe: Probe, room: Room | None
 ) -> tuple[int, Edit]:
     """Return the edit that takes most refusal away, of those that do not ruin the model, and its layer."""
-    rank = min(directions)
+    method, rank = min(directions, key=lambda basis: basis[1])
     everywhere = Constant(weight=1.0)
     layers = list(dict.fromkeys(round(depth * (session.n_layers - 1)) for depth in DEPTHS))
     edits = [
-        Candidate(float(layer), rank, "plain", False, everywhere, everywhere).edit(session, directions, recipe)
+        Candidate(float(layer), rank, "plain", False, everywhere, everywhere, method).edit(session, directions, recipe)
         for layer in layers
     ]
     asked = Sheet(session, probe.targets[:FEW], [[r[:LENGTH]] for r in probe.refusals[:FEW]])

@@ -8,6 +8,9 @@ prompts, of which a part has been read:
   of n differences read, the mean of the N - n others lies above m - z s √(1/n + 1/(N - n)) with the stated confidence,
   if differences are about normal; that bound and what has been read give one of the mean over all N.
 
+What is dropped is told as these two bounds, which the point of the front beats as well. Means over the prompts that
+were read would be of other prompts than those of the others, and easy ones may come first.
+
 Racing never changes what is on the front but with the probability that is left, 0.1 % for every look. There is a look
 after every `LOOK` prompts of each class, at exactly those, however prompts lie in batches: workers with more or less
 memory drop the same candidates with the same numbers.
@@ -26,6 +29,7 @@ Z = 3.09
 """One-sided 99.9 % quantile of the normal distribution."""
 LOOK = 12
 """Prompts of each class between two looks."""
+NOT_FINITE = "the logits are not finite"
 FEWEST = 8
 """Differences that are needed for a standard deviation to be believed."""
 
@@ -44,8 +48,8 @@ def least_mean(differences: Sequence[float], total: int) -> float:
 
 def hopeless(
     odds: Sequence[float], drift: Sequence[float], targets: int, baselines: int, rivals: Sequence[Outcome]
-) -> str | None:
-    """Return why a candidate cannot reach the front any more; None while it can.
+) -> Outcome | None:
+    """Return the lower bounds of a candidate that cannot reach the front any more; None while it can.
 
     Args:
         odds: Log-odds of refusing the targets that have been read, the first of all.
@@ -55,19 +59,21 @@ def hopeless(
         rivals: What lies on the front, with its numbers for every prompt.
     """
     if not all(map(math.isfinite, [*odds, *drift])):
-        return "the logits are not finite"
+        return Outcome(failed=NOT_FINITE)
     spent = sum(max(0.0, x) for x in drift) / baselines
     if spent > RUIN:
-        return f"drift {spent:.2f} nats per token or more: ruined"
+        return Outcome(drift=spent, dropped=f"drift {spent:.2f} nats per token or more: ruined")
     for rival in rivals:
         own = rival.per_target
         if own is None or len(own) != targets or rival.drift > spent or not odds:
             continue
-        if least_mean([a - b for a, b in zip(odds, own, strict=False)], targets) > 0:
-            return (
+        more = least_mean([a - b for a, b in zip(odds, own, strict=False)], targets)
+        if more > 0:
+            told = (
                 f"after {len(odds)} of {targets} targets it cannot reach refusal {rival.refusal:.2f} at drift "
                 f"{rival.drift:.3f} (99.9 % confidence)"
             )
+            return Outcome(rival.refusal + more, spent, dropped=told)
     return None
 
 
@@ -78,14 +84,14 @@ class Race:
         odds: For each candidate, log-odds of refusing the targets so far.
         drift: Likewise, drift on the baselines.
         left: Candidates that have not been dropped, ascending.
-        dropped: Why the others were.
+        dropped: What the others are told as.
     """
 
     def __init__(self, n: int, targets: int, baselines: int, rivals: Sequence[Outcome]) -> None:
         """Begin with n candidates and nothing read; `rivals` lie on the front."""
         self.odds: list[list[float]] = [[] for _ in range(n)]
         self.drift: list[list[float]] = [[] for _ in range(n)]
-        self.left, self.dropped = tuple(range(n)), dict[int, str]()
+        self.left, self.dropped = tuple(range(n)), dict[int, Outcome]()
         self._targets, self._baselines, self._rivals, self._read = targets, baselines, rivals, 0
 
     def add(self, lists: list[list[float]], found: Sequence[Sequence[float]]) -> None:
@@ -102,7 +108,7 @@ class Race:
             self._read = n
             for k in self.left:
                 odds, drift = self.odds[k][:n], self.drift[k][:n]
-                if why := hopeless(odds, drift, self._targets, self._baselines, self._rivals):
-                    self.dropped[k], self.odds[k], self.drift[k] = why, odds, drift
+                if bounds := hopeless(odds, drift, self._targets, self._baselines, self._rivals):
+                    self.dropped[k] = bounds
             self.left = tuple(k for k in self.left if k not in self.dropped)
         return self.left

@@ -6,16 +6,19 @@ with, over a few trees of prompts at a time, plus what holds λ:
 
 - the *leash*: drift beyond `max_drift` costs in proportion, and what is returned is the best of the iterates whose
   drift over all prompts of the scorer is within it, the start among them;
-- the *bound*: 0 ≤ λ ≤ `bound`. Larger weight factors write the direction back reversed, and answers loop;
+- the *bound*: 0 ≤ λ ≤ `bound`, or what the candidate has where that is more. Larger weight factors write the direction
+  back reversed, and answers loop;
 - the *prior*: squared differences between neighbouring layers, since λ that jump fit the prompts they were found on.
 
-Nothing is generated: what comes out is for the caller to confirm by generation, on other prompts.
+Nothing is generated: what comes out is for the caller to confirm by generation, on other prompts. Those may be among
+the scorer's: what is held out is read by no step, and does not count where the best iterate is taken.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from perpend.core.directions import Directions
 from perpend.core.edits import Geometry, through_post_norm
 from perpend.core.kernels import nearest_normal
+from perpend.core.kinds import Basis
 from perpend.core.linear import orthonormalise, working
 from perpend.core.schedule import PerLayer
 from perpend.errors import UsageError
@@ -60,14 +64,14 @@ class Refined:
         candidate: The best iterate within the leash; the candidate that it started from when none is better.
         outcome: Its score.
         start: The score that it started from.
-        directions: The directions of each k with which it was scored: the scorer's own, unless they were refined.
+        directions: The directions with which it was scored: the scorer's own, unless they were refined.
         history: Scores on the way, one every `CHECKS` steps.
     """
 
     candidate: Candidate
     outcome: Outcome
     start: Outcome
-    directions: Mapping[int, Directions]
+    directions: Mapping[Basis, Directions]
     history: tuple[Outcome, ...]
 
 
@@ -83,6 +87,7 @@ def refine(
     rate: float = 0.05,
     kernel: bool = False,
     direction: bool = False,
+    held_out: Collection[int] = (),
     seed: int = 0,
 ) -> Refined:
     """Refine a candidate by gradient descent.
@@ -93,12 +98,13 @@ def refine(
         candidate: Where it begins, such as the best of a front.
         steps: Of Adam.
         max_drift: The leash, in nats per token; None for the drift of the candidate.
-        bound: Largest weight factor.
+        bound: Largest weight factor, unless the candidate has larger ones.
         smooth: Weight of the prior, in nats per mean squared difference of neighbours over `bound`².
         rate: Learning rate of λ.
         kernel: Project the result to the nearest normal kernel of each component; it is scored as such.
         direction: Refine the direction of the candidate's layer as well. The result then needs `Refined.directions`
             and has no recipe.
+        held_out: Targets of the scorer, by their place, that nothing is chosen by.
         seed: Of which prompts a step reads.
 
     Returns:
@@ -106,11 +112,11 @@ def refine(
 
     Raises:
         UsageError: the model's edits cannot be rows of a batch; a refined direction of every layer's own or of a
-            method that rewrites it layer by layer; or a bound below 0.
+            method that rewrites it layer by layer; a bound below 0; or no target that is not held out.
     """
     if bound <= 0:
         raise UsageError(f"a bound of {bound:g} on the weight factors", valid="more than 0")
-    work = _Descent(session, scorer, candidate, bound, direction)
+    work = _Descent(session, scorer, candidate, bound, direction, held_out)
     (start,) = scorer.score([candidate])
     leash = max_drift if max_drift is not None else start.drift
     if start.failed:
@@ -131,24 +137,37 @@ def refine(
             if not found.failed and not found.dropped:
                 best.append((found, made, directions))
     within = [item for item in best if item[0].drift <= leash + SLACK] or best[:1]
-    outcome, chosen, directions = min(within, key=lambda item: item[0].refusal)
+    outcome, chosen, directions = min(within, key=lambda item: work.refusal(item[0]))
     return Refined(chosen, outcome, start, directions, tuple(history))
 
 
 class _Descent:
     """The parameters, and the model as a function of them."""
 
-    def __init__(self, session: Session, scorer: Scorer, candidate: Candidate, bound: float, direction: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        scorer: Scorer,
+        candidate: Candidate,
+        bound: float,
+        direction: bool,
+        held_out: Collection[int],
+    ) -> None:
         if scorer.room is None:
             raise UsageError("the gradient needs a model whose edits can be rows of a batch", hint="search.refine = 0")
-        self.session, self.scorer, self.candidate, self.bound = session, scorer, candidate, bound
+        self.session, self.scorer, self.candidate = session, scorer, candidate
+        self._read = [k for k in range(len(scorer.found.questions)) if k not in held_out]
+        self._trees = [k for k, (of, _) in enumerate(scorer.sheets["target"].trees) if self._kept(of)]
+        if not self._read:
+            raise UsageError("every target is held out", valid="some that the steps may read")
         everywhere = PerLayer(values=(1.0,) * session.n_layers)
         whole = replace(candidate, attention=everywhere, mlp=everywhere)
         edit = whole.edit(session, scorer.directions, scorer.recipe)
         if not per_row(session.anatomy, edit):
             raise UsageError(f"{candidate.mode} mode of these experts has no gradient", valid="plain mode")
         own = candidate.weights(session.n_layers)
-        start = torch.tensor([own["attention"], own["mlp"]], dtype=torch.float32).clamp(0, bound)
+        start = torch.tensor([own["attention"], own["mlp"]], dtype=torch.float32).clamp_min(0)
+        self.bound = max(bound, float(start.max()))
         self.factors = start.requires_grad_()
         """`[2, L]` λ of attention and of MLP."""
         self.rows: Tensor | None = None
@@ -161,7 +180,7 @@ class _Descent:
             self._geometries = {w.name: self._geometry(w, edit.modules[w.name].directions) for w in self._writers}
 
     def _free(self, candidate: Candidate) -> Tensor:
-        given = self.scorer.directions[candidate.rank]
+        given = self.scorer.directions[candidate.basis]
         if candidate.layer is None or given.method == "biprojected":
             raise UsageError(
                 "only one direction that all layers share can be refined", valid="a layer for the candidate"
@@ -203,7 +222,8 @@ class _Descent:
 
     def batches(self, seed: int) -> Iterator[tuple[list[int], list[int]]]:
         """Yield which trees of targets and of baselines a step reads; every tree before any comes again."""
-        deals = [_dealt(len(self.scorer.sheets[k].trees), random.Random(f"{seed} {k}")) for k in ("target", "baseline")]
+        trees = {"target": self._trees, "baseline": range(len(self.scorer.sheets["baseline"].trees))}
+        deals = [_dealt(of, random.Random(f"{seed} {kind}")) for kind, of in trees.items()]
         while True:
             yield next(deals[0]), next(deals[1])
 
@@ -215,7 +235,7 @@ class _Descent:
         for k in targets:
             of, planted = asked.trees[k]
             found = together(planted, rows, likelihoods, False)
-            odds.append(log_odds(self.scorer.questions(of), found))
+            odds.append(log_odds(self.scorer.questions(of), found)[:, self._kept(of)])
         for k in baselines:
             spent.append(together(told.trees[k][1], rows, divergence, True))
         refusal = nn.functional.softplus(torch.cat(odds, dim=1)).mean()
@@ -223,32 +243,41 @@ class _Descent:
         rough = self.factors.diff(dim=1).square().mean() / self.bound**2
         return refusal + PULL * excess + smooth * rough.to(refusal.device)
 
+    def _kept(self, of: range) -> list[int]:
+        """Return the places, within a tree, of the targets that the steps read."""
+        return [place for place, k in enumerate(self.scorer.asked(of)) if k in self._read]
+
+    def refusal(self, outcome: Outcome) -> float:
+        """Return the refusal of an outcome over the targets that the steps read."""
+        each = outcome.per_target
+        return outcome.refusal if each is None else statistics.fmean(each[k] for k in self._read)
+
     @torch.no_grad()
     def hold(self) -> None:
         """Keep λ within the bound."""
         self.factors.clamp_(0, self.bound)
 
-    def result(self, kernel: bool) -> tuple[Candidate, Mapping[int, Directions]]:
+    def result(self, kernel: bool) -> tuple[Candidate, Mapping[Basis, Directions]]:
         """Return the present parameters as a candidate, and the directions that it needs."""
         values = [[round(float(x), DIGITS) for x in row] for row in self.factors.detach()]
         parts = [nearest_normal(v) if kernel else PerLayer(values=tuple(v)) for v in values]
         made = replace(self.candidate, attention=parts[0], mlp=parts[1])
         if self.rows is None or self.candidate.layer is None:
             return made, self.scorer.directions
-        given = self.scorer.directions[self.candidate.rank]
+        given = self.scorer.directions[self.candidate.basis]
         place = round(self.candidate.layer)
         vectors = given.vectors.clone()
         vectors[place] = orthonormalise(self.rows.detach()).float()
         moved = replace(given, vectors=vectors, provenance={**given.provenance, "refined": place})
-        return replace(made, layer=float(place)), {**self.scorer.directions, self.candidate.rank: moved}
+        return replace(made, layer=float(place)), {**self.scorer.directions, self.candidate.basis: moved}
 
 
-def _dealt(n: int, rng: random.Random) -> Iterator[list[int]]:
-    """Yield up to `TREES` of n numbers, from decks that hold each once."""
+def _dealt(cards: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+    """Yield up to `TREES` of some numbers, from decks that hold each once."""
     deck: list[int] = []
     while True:
         if not deck:
-            deck = list(range(n))
+            deck = list(cards)
             rng.shuffle(deck)
         yield deck[:TREES]
         deck = deck[TREES:]

@@ -58,7 +58,7 @@ class Outcome:
     """95 % over prompts."""
     drift_interval: tuple[float, float] | None = None
     dropped: str | None = None
-    """Why it was not scored to the end; the numbers are then estimates."""
+    """Why it was not scored to the end; the numbers are then lower bounds."""
     failed: str | None = None
     """Why there are no numbers."""
     per_target: tuple[float, ...] | None = None
@@ -236,9 +236,8 @@ class Ledger:
         from optuna.trial import TrialState, create_trial
 
         attrs = {"slot": slot, "origin": origin, "attempt": attempt}
-        template = create_trial(
-            state=TrialState.WAITING, params=params, distributions=space.distributions, user_attrs=attrs
-        )
+        ranges = {name: space.distributions[name] for name in params}
+        template = create_trial(state=TrialState.WAITING, params=params, distributions=ranges, user_attrs=attrs)
         self.storage.create_new_trial(self.study, template_trial=template)
 
     def take(self, batch: Batch) -> bool:

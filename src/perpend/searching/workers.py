@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from perpend.errors import RunFailed
-from perpend.searching.front import CEILING, Pair, flat, front, hypervolume
+from perpend.searching.front import CEILING, Pair, decades, flat, front, hypervolume
 from perpend.searching.space import Seen, Space
 from perpend.searching.study import Batch, Ledger, Outcome, Trial, View
 
@@ -52,10 +52,11 @@ class Plan:
         return front(before, lambda o: (o.refusal, o.drift))
 
     def volumes(self, view: View, limit: int) -> list[float]:
-        """Return the hypervolume after each generation that has ended."""
+        """Return the hypervolume after each generation that has ended: nats of refusal times decades of drift."""
         found: list[float] = []
         while len(found) * self.size < limit and view.complete(len(found), limit):
-            found.append(hypervolume(self.front(view, len(found) + 1), (self.untouched[0], CEILING)))
+            edge = [(refusal, decades(drift)) for refusal, drift in self.front(view, len(found) + 1)]
+            found.append(hypervolume(edge, (self.untouched[0], decades(CEILING))))
         return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perpend.config import Machine, Recipe, to_toml
+from perpend.core.kinds import Basis
 from perpend.data import Splits
 from perpend.errors import Interrupted, UsageError
 from perpend.fitting.accumulate import fixed_position
@@ -170,8 +171,8 @@ def _search(asked: Asked, base: Run, splits: Splits, kept: Journal, said: Tell) 
     clock.lap("load")
     ledger = Ledger(asked.storage or kept.folder / STUDY, study_name(recipe, machine, splits))
 
-    def measure(ranks: tuple[int, ...]) -> Base:
-        return measure_base(session, splits, recipe, ranks, kept.replies, kept.checkpoint)
+    def measure(bases: tuple[Basis, ...]) -> Base:
+        return measure_base(session, splits, recipe, bases, kept.replies, kept.checkpoint)
 
     site = lead(ledger, session, splits, recipe, measure)
     said("openings", site.scorer.found.to_json())
@@ -243,5 +244,5 @@ def _fitted(site: Site, found: Found) -> Fitted:
     """Return the chosen edit as a fit would, which the report and the card read."""
     candidate, recipe = found.chosen.candidate, site.recipe
     edit = candidate.edit(site.session, site.base.directions, recipe)
-    directions = site.base.directions[candidate.rank]
+    directions = site.base.directions[candidate.basis]
     return Fitted(directions, edit, candidate.layer, fixed_position(recipe.fit), None, dict(site.base.counts))

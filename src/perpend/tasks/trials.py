@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from perpend.config import BUDGET, EvalSection, ExportSection, Machine, ModelSection, PromptsSection, Recipe
+from perpend.core.kinds import Basis
 from perpend.data import Splits
 from perpend.errors import RunFailed, UsageError
 from perpend.export.checkpoint import files
@@ -154,7 +155,7 @@ class Site:
 
 
 def lead(
-    ledger: Ledger, session: Session, splits: Splits, recipe: Recipe, measure: Callable[[tuple[int, ...]], Base]
+    ledger: Ledger, session: Session, splits: Splits, recipe: Recipe, measure: Callable[[tuple[Basis, ...]], Base]
 ) -> Site:
     """Make a study or go on with one; what all workers begin with is measured only where it is not there.
 
@@ -163,15 +164,15 @@ def lead(
         session: The untouched model.
         splits: Prompts.
         recipe: What is searched.
-        measure: Makes the base for each k.
+        measure: Makes the base, with the directions of each method and k.
     """
     if not ledger.found():
         ledger.create()
     texts = ledger.base()
     if texts is not None:
         return Site(ledger, session, splits, recipe, Base.from_texts(texts))
-    ranks = Space.of(recipe, session.n_layers, post_norms=False).ranks
-    site = Site(ledger, session, splits, recipe, measure(ranks))
+    bases = Space.of(recipe, session.n_layers, post_norms=False).bases
+    site = Site(ledger, session, splits, recipe, measure(bases))
     site.keep()
     return site
 
