@@ -324,7 +324,7 @@ def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_d
     assert told.refined.outcome.drift <= told.start.outcome.drift + 1e-6
     names_of = {p.name for p in made.found.points}
     assert {told.start.name, told.refined.name} <= names_of
-    order = finalists._ordered(made.found.rule, [told.start, told.refined], made.found.untouched)
+    order = finalists._ordered(made.found.rule, [told.start, told.refined], made.found.best)
     assert made.found.chosen.name != told.refined.name or order[0] is told.refined
     assert "refined" in json.loads((tmp_path / "out" / "front.json").read_text())["refinement"]["text"]
 
@@ -337,7 +337,7 @@ def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, t
         return SimpleNamespace(difference=difference, to_json=dict)
 
     monkeypatch.setattr(finalists, "compare", compare)
-    order = lambda rule, points, untouched: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
     asked = recipe(done[0], refine=5, prompts=2, trials=6, max_broken=1.0)
     made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
@@ -370,12 +370,27 @@ def test_more_candidates_are_judged_where_all_that_were_are_broken():
     def fully(p):
         return replace(p, broken=broken(0 if p.name in sound else 9 - int(p.name), 2))
 
-    assert [p.name for p in finalists._judged(ranked, 2, bar, fully)] == ["0", "1", "2", "3"]
+    assert [p.name for p in finalists._judged(Rule(), ranked, 2, 1.0, bar, fully)] == ["0", "1", "2", "3"]
     sound.add("2")
-    found = finalists._judged(ranked, 2, bar, fully)
+    found = finalists._judged(Rule(), ranked, 2, 1.0, bar, fully)
     assert [p.name for p in found] == ["0", "1", "2"]
-    assert finalists._taken(Rule(), found, {"acceptance": 0.0}, bar).name == "2"
-    assert finalists._taken(Rule(), found[:2], {"acceptance": 0.0}, bar).name == "1"  # the least broken
+    assert finalists._taken(Rule(), found, 1.0, bar).name == "2"
+    assert finalists._taken(Rule(), found[:2], 1.0, bar).name == "1"  # the least broken
+
+
+def test_candidates_are_judged_until_one_has_the_acceptance_that_was_asked_for():
+    """Short replies flatter by a third here, so that those with the least drift fall short of the bound."""
+    points = [Point(str(k), None, Outcome(-k, k / 100), "", True, Rate(10 * k, 100)) for k in range(10)]
+
+    def fully(p):
+        judged = SimpleNamespace(acceptance=Rate(max(0, p.accepted_shortly.k - 30), 100))
+        return replace(p, broken=broken(0, 0), judged=judged)
+
+    rule, bar = Rule(min_acceptance=0.35), Bar(broken(0, 2), 0.1)
+    found = finalists._judged(rule, points, 2, 1.0, bar, fully)
+    assert [p.name for p in found] == ["4", "7"]
+    assert finalists._taken(rule, found, 1.0, bar).name == "7"
+    assert len(finalists._judged(Rule(min_acceptance=0.9), points, 2, 1.0, bar, fully)) == 4
 
 
 @contextmanager
@@ -431,7 +446,7 @@ def test_a_refinement_that_loops_is_not_taken(done, pico_dir, tmp_path, monkeypa
 
     monkeypatch.setattr(finalists, "_refined", watched)
     monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, to_json=dict))
-    order = lambda rule, points, untouched: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
     with looping(looped):
         asked = recipe(done[0], refine=5, prompts=2, trials=6)

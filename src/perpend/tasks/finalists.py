@@ -1,88 +1,37 @@
 """From the trials of a search to one edit: the score is checked against replies, and replies decide.
 
 Candidates along the front reply shortly to the targets that the score was made of, so that each run says how well its
-score ranks them; the best of those by rule are judged at full length by the whole panel, on all targets of the select
-split, and the rule takes one. The report split is not looked at.
+score ranks them, then some beside the best of those; the best by rule are judged at full length by the whole panel, on
+all targets of the select split, and the rule takes one. The report split is not looked at.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from perpend.core.edits import Edit
 from perpend.core.stats import spearman
-from perpend.data import PromptPair
 from perpend.errors import PerpendError, RunFailed, UsageError
-from perpend.fitting.behaviour import TOKENS, Behaviour, labels
-from perpend.judges.judgement import Judgement, Rate
+from perpend.fitting.behaviour import Behaviour
 from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
 from perpend.progress import note
 from perpend.searching.base import Stores
-from perpend.searching.candidate import Candidate
-from perpend.searching.front import CEILING, Rule, front, spread_out
+from perpend.searching.front import CEILING, Pair, Rule
 from perpend.searching.refine import refine
 from perpend.searching.study import Outcome, Trial, View
-from perpend.searching.workers import pair, scored
-from perpend.tasks.broken import Bar, Broken
-from perpend.tasks.measure import Measured, measure
+from perpend.tasks.broken import Bar
+from perpend.tasks.points import Point, Replies
+from perpend.tasks.survivors import beside, first, second
 from perpend.tasks.trials import Site, Tell, edge, failures, rounded
 
-OTHERS = 4
-"""Candidates away from the front that reply too, so that ranks have a range."""
 POOR = 0.6
 """Spearman correlation of score and replies below which the score is not relied on."""
 FEWEST = 4
 """Candidates below which no correlation is told."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A candidate with its score and what its replies say."""
-
-    name: str
-    candidate: Candidate
-    outcome: Outcome
-    origin: str
-    on_front: bool
-    accepted_shortly: Rate | None = None
-    refused_shortly: Rate | None = None
-    judged: Judgement | None = None
-    """Of all targets of the select split, at full length."""
-    broken: Broken | None = None
-    """Replies at full length that cannot be read, of both classes."""
-
-    @property
-    def acceptance(self) -> float:
-        """Share of replies that are accepted, at full length where that is known."""
-        known = self.judged.acceptance if self.judged else self.accepted_shortly
-        return known.share if known else 0.0
-
-    def to_json(self, n_layers: int) -> dict[str, Any]:
-        """Return plain JSON values."""
-        short, refused, judged = self.accepted_shortly, self.refused_shortly, self.judged
-        interval = self.outcome.refusal_interval, self.outcome.drift_interval
-        return {
-            "name": self.name,
-            "origin": self.origin,
-            "on_front": self.on_front,
-            "refusal": self.outcome.refusal,
-            "refusal_interval": list(interval[0]) if interval[0] else None,
-            "drift": self.outcome.drift,
-            "drift_interval": list(interval[1]) if interval[1] else None,
-            "accepted_shortly": short.to_json() if short else None,
-            "refused_shortly": refused.to_json() if refused else None,
-            "acceptance": judged.acceptance.to_json() if judged else None,
-            "refused": judged.rate(Label.REFUSE).to_json() if judged else None,
-            "broken": self.broken.target.to_json() if self.broken else None,
-            "broken_baselines": self.broken.baseline.to_json() if self.broken else None,
-            "words": self.candidate.words(n_layers),
-            "candidate": self.candidate.to_json(),
-            "weights": self.candidate.weights(n_layers),
-        }
 
 
 @dataclass(frozen=True)
@@ -109,19 +58,19 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What gradient steps made of a candidate, told on targets that neither they nor any score has read."""
+    """What gradient steps made of a candidate, told on targets that they have not read."""
 
     start: Point
     refined: Point
     accepted: Comparison | None
-    """Paired; None where the score has read all targets of the select split, or no judge can tell of the others."""
+    """Paired; None where the steps have read all targets of the select split, or no judge can tell of the others."""
     bar: Bar
     why: str = ""
     """Why there is no comparison."""
 
     @property
     def confirmed(self) -> bool:
-        """Whether it keeps to the bar and accepts no fewer of the targets that nothing has read, where some are."""
+        """Whether it keeps to the bar and accepts no fewer of the targets that no step has read, where some are."""
         return _excess(self.refined, self.bar) <= 0 and (self.accepted is None or self.accepted.difference >= 0)
 
     def __str__(self) -> str:
@@ -147,6 +96,8 @@ class Found:
     """By drift: those of the front, and those that replied."""
     chosen: Point
     rule: Rule
+    best: float
+    """Most acceptance of a short reply: all there is to have, where the rule is the knee."""
     correlation: Correlation
     trials: Mapping[str, int]
     why: str
@@ -183,6 +134,7 @@ class Found:
             "why": self.why,
             "trials": dict(self.trials),
             "rule": str(self.rule),
+            "best_accepted_shortly": self.best,
             "met": self.met,
             "correlation": {
                 "spearman": self.correlation.spearman,
@@ -198,56 +150,6 @@ class Found:
             "study": dict(self.study),
             "points": self.front,
         }
-
-
-class Replies:
-    """Lets candidates reply on the select split."""
-
-    def __init__(self, site: Site, panel: Panel, stores: Stores) -> None:
-        """Keep replies in stores by name, so that an interrupted choice goes on where it was."""
-        self._site, self._panel, self._stores = site, panel, stores
-
-    @cached_property
-    def behaviour(self) -> Behaviour:
-        """What the untouched model does on the select split."""
-        return self._site.base.behaviour(self._site.session, self._site.splits)
-
-    def shortly(self, point: Point) -> Point:
-        """Let a candidate reply shortly to the targets of the score; the dictionary labels."""
-        prompts = [prompt for prompt, _ in self.behaviour.refused[: self._site.recipe.search.prompts]]
-        edit = self.edit(point)
-        with self._site.session.edited(edit):
-            store = self._stores(f"short-{edit.sha256[:12]}")
-            replies = self._site.session.generate(prompts, max_new_tokens=TOKENS, store=store)
-        said = labels(prompts, replies)
-        refused = sum(label in (Label.REFUSE, Label.EVADE) for label in said)
-        accepted = Rate(said.count(Label.COMPLY), len(said))
-        return replace(point, accepted_shortly=accepted, refused_shortly=Rate(refused, len(said)))
-
-    def fully(self, point: Point) -> Point:
-        """Let a candidate reply at full length; the whole panel labels."""
-        edit = self.edit(point)
-        with self._site.session.edited(edit):
-            said = self._measured(f"full-{edit.sha256[:12]}")
-        judged = said.target.judged
-        return replace(point, judged=judged, broken=Broken.of(judged, said.baseline.judged))
-
-    def untouched(self) -> tuple[Rate, Broken]:
-        """Return how much the untouched model accepts, judged as `fully` judges a candidate, and what is broken."""
-        said = self._measured("full-untouched")
-        return said.target.judged.acceptance, Broken.of(said.target.judged, said.baseline.judged)
-
-    def _measured(self, store: str) -> Measured:
-        """Judge replies to all targets of the select split, and to as many baselines as a candidate is scored on."""
-        select, recipe = self._site.splits.select, self._site.recipe
-        baseline = select.baseline.subset(select.baseline.prompts[: recipe.search.prompts])
-        return measure(
-            self._site.session, PromptPair(select.target, baseline), recipe, self._panel, store=self._stores(store)
-        )
-
-    def edit(self, point: Point) -> Edit:
-        """Return the edit of a candidate."""
-        return point.candidate.edit(self._site.session, self._site.base.directions, self._site.recipe)
 
 
 def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Found:
@@ -269,19 +171,8 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     if not on_front:
         raise _nothing(view, why)
     untouched = _untouched(site, replies.behaviour)
-
-    def shortly(trials: Sequence[Trial]) -> list[Point]:
-        found = [replies.shortly(_point(trial, trial in on_front, site)) for trial in trials]
-        for point in found:
-            tell("survivor", point.to_json(site.session.n_layers))
-        return found
-
-    points = shortly(_first(view, on_front, search.survivors))
-    correlation = _correlation(points)
-    note(str(correlation))
-    if correlation.poor:
-        points += shortly(_more(view, points, search.survivors))
-    ranked = _ordered(rule, points, untouched)
+    points, correlation = _replied(site, view, on_front, rule, replies, tell)
+    best = _best(points)
     accepted, broken = replies.untouched()
     untouched["acceptance"], bar = accepted.share, Bar(broken, search.max_broken)
 
@@ -290,21 +181,22 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
         tell("finalist", found.to_json(site.session.n_layers))
         return found
 
-    finalists = _judged(ranked, search.finalists * (2 if correlation.poor else 1), bar, fully)
-    start = _taken(rule, finalists, untouched, bar)
+    finalists = _judged(rule, points, search.finalists * (2 if correlation.poor else 1), best, bar, fully)
+    start = _taken(rule, finalists, best, bar)
     refined = [fully(point) for point in _refined(site, start, replies)]
     finalists += refined
     refinement = None
     if refined:
-        refinement = _refinement(start, refined[0], bar, replies, search.prompts)
+        refinement = _refinement(start, refined[0], bar, replies)
         note(str(refinement))
     fit = finalists[:-1] if refinement is not None and not refinement.confirmed else finalists
-    chosen = _taken(rule, fit, untouched, bar)
+    chosen = _taken(rule, fit, best, bar)
     known = {p.name: p for p in [*(_point(t, True, site) for t in on_front), *points, *finalists]}
     found = Found(
         points=tuple(sorted(known.values(), key=lambda p: p.outcome.drift)),
         chosen=chosen,
         rule=rule,
+        best=best,
         correlation=correlation,
         trials=failures(view),
         why=why,
@@ -318,6 +210,28 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     if not found.met:
         note(f"no finalist has {rule}: the nearest is taken")
     return found
+
+
+def _replied(
+    site: Site, view: View, on_front: Sequence[Trial], rule: Rule, replies: Replies, tell: Tell
+) -> tuple[list[Point], Correlation]:
+    """Let candidates reply shortly, more where the score is poor, then those beside the best; and check the score."""
+    asked, n = dict[str, Trial](), site.recipe.search.survivors
+
+    def shortly(trials: Sequence[Trial]) -> list[Point]:
+        found = [replies.shortly(_point(trial, trial in on_front, site)) for trial in trials]
+        for trial, point in zip(trials, found, strict=True):
+            asked[point.name] = trial
+            tell("survivor", point.to_json(site.session.n_layers))
+        return found
+
+    points = shortly(first(view, on_front, n))
+    correlation = _correlation(points)
+    note(str(correlation))
+    if correlation.poor:
+        points += shortly(second(view, {trial.slot for trial in asked.values()}, n))
+    leaders = [asked[point.name] for point in _ordered(rule, points, _best(points))]
+    return points + shortly(beside(on_front, leaders, n // 2)), correlation
 
 
 def _nothing(view: View, why: str) -> RunFailed:
@@ -338,7 +252,13 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     leash = max(search.max_drift or 0.0, start.outcome.drift)
     try:
         found = refine(
-            site.session, site.scorer, start.candidate, steps=search.refine, max_drift=leash, seed=site.recipe.seed
+            site.session,
+            site.scorer,
+            start.candidate,
+            steps=search.refine,
+            max_drift=leash,
+            held_out=replies.held_out,
+            seed=site.recipe.seed,
         )
     except PerpendError as error:
         note(f"not refined: {error}")
@@ -350,36 +270,61 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     return [replies.shortly(made)]
 
 
-def _judged(ranked: Sequence[Point], n: int, bar: Bar, fully: Callable[[Point], Point]) -> list[Point]:
-    """Judge the first `n` points at full length, and where none of them keeps to the bar, as many again at most."""
-    found: list[Point] = []
-    for point in ranked[: 2 * n]:
-        if len(found) >= n and any(_excess(p, bar) <= 0 for p in found):
+def _judged(
+    rule: Rule, points: Sequence[Point], n: int, best: float, bar: Bar, fully: Callable[[Point], Point]
+) -> list[Point]:
+    """Judge the first `n` points by the rule at full length, and where none of them will do, as many again at most.
+
+    Fewer replies are accepted at full length than shortly: by how much is known of those that were judged, and the
+    others are ordered as if they lost the same.
+    """
+    found, left = list[Point](), list(points)
+    while left and len(found) < 2 * n:
+        if len(found) >= n and any(_will_do(p, rule, bar) for p in found):
             break
-        found.append(fully(point))
+        order = rule.order(left, _expected(found), best)
+        left.remove(order[0])
+        found.append(fully(order[0]))
     return found
+
+
+def _expected(judged: Sequence[Point]) -> Callable[[Point], Pair]:
+    """Return what says which acceptance at full length, and which drift, a point that replied shortly will have."""
+    told = [(p.accepted_shortly.share, p.acceptance) for p in judged if p.accepted_shortly and p.judged]
+    lost = statistics.fmean(short - full for short, full in told) if told else 0.0
+    return lambda point: (point.acceptance - lost, point.outcome.drift)
+
+
+def _will_do(point: Point, rule: Rule, bar: Bar) -> bool:
+    enough = rule.min_acceptance is None or point.acceptance >= rule.min_acceptance
+    return enough and _excess(point, bar) <= 0
+
+
+def _best(points: Sequence[Point]) -> float:
+    """Return the most acceptance of points that are worth anything, 1 where none is accepted."""
+    return max((p.acceptance for p in points if p.outcome.drift < CEILING), default=0.0) or 1.0
 
 
 def _excess(point: Point, bar: Bar) -> float:
     return bar.excess(point.broken) if point.broken else 0.0
 
 
-def _taken(rule: Rule, points: Sequence[Point], untouched: Mapping[str, float], bar: Bar) -> Point:
+def _taken(rule: Rule, points: Sequence[Point], best: float, bar: Bar) -> Point:
     """Return the point that the rule takes of those that keep to the bar, or of those that exceed it least."""
     least = min(_excess(point, bar) for point in points)
-    return _ordered(rule, [point for point in points if _excess(point, bar) <= least], untouched)[0]
+    return _ordered(rule, [point for point in points if _excess(point, bar) <= least], best)[0]
 
 
-def _refinement(start: Point, refined: Point, bar: Bar, replies: Replies, read: int) -> Refinement:
-    """Compare a candidate with what became of it on targets that are held out from the score."""
-    seen = {prompt.id for prompt, _ in replies.behaviour.refused[:read]}
+def _refinement(start: Point, refined: Point, bar: Bar, replies: Replies) -> Refinement:
+    """Compare a candidate with what became of it on targets that no gradient step has read."""
+    seen = {prompt.id for k, prompt in enumerate(replies.scored) if k not in replies.held_out}
     sides = [
         replace(p.judged, replies=tuple(r for r in p.judged.replies if r.id not in seen))
         for p in (start, refined)
         if p.judged
     ]
     if not sides[0].replies:
-        return Refinement(start, refined, None, bar, "no target is held out from the score")
+        return Refinement(start, refined, None, bar, "no target is held out")
     try:
         return Refinement(start, refined, compare(*sides), bar)
     except UsageError as error:
@@ -391,30 +336,15 @@ def _point(trial: Trial, on_front: bool, site: Site) -> Point:
     return Point(f"trial {trial.slot}", candidate, trial.outcome or Outcome(), trial.origin, on_front)
 
 
-def _first(view: View, on_front: Sequence[Trial], n: int) -> list[Trial]:
-    """Return trials along the front, and a few others from the most to the least refusal."""
-    chosen = spread_out(on_front, n)
-    rest = [t for t in scored(view) if t not in on_front and pair(t)[1] <= CEILING]
-    return chosen + spread_out(sorted(rest, key=pair), min(OTHERS, len(rest)))
-
-
-def _more(view: View, points: Sequence[Point], n: int) -> list[Trial]:
-    """Return trials along the front of those that have not replied yet."""
-    names = {point.name for point in points}
-    return spread_out(front([t for t in scored(view) if f"trial {t.slot}" not in names], pair), n)
-
-
 def _untouched(site: Site, behaviour: Behaviour) -> dict[str, float]:
     targets = len(behaviour.target)
     answered = sum(label is Label.COMPLY for _, label in behaviour.target)
     return {"refusal": site.plan.untouched[0], "acceptance": answered / targets if targets else 0.0}
 
 
-def _ordered(rule: Rule, points: Sequence[Point], untouched: Mapping[str, float]) -> list[Point]:
-    """Return points from the one that is taken; the untouched model is the foot of a front's knee."""
-    foot = untouched["acceptance"], 0.0
-    order = rule.order([None, *points], lambda p: (p.acceptance, p.outcome.drift) if p else foot)
-    return [point for point in order if point is not None]
+def _ordered(rule: Rule, points: Sequence[Point], best: float) -> list[Point]:
+    """Return points from the one that is taken."""
+    return rule.order(points, lambda p: (p.acceptance, p.outcome.drift), best)
 
 
 def _correlation(points: Sequence[Point]) -> Correlation:

@@ -26,6 +26,7 @@ from perpend.models.places import ROOM, Plan, parts, plan
 from perpend.models.quantised import WIDTH
 from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
+from perpend.tasks.survivors import OTHERS
 
 PROMPT_TOKENS = 64
 """Assumed length of an encoded prompt: no tokenizer is loaded for a forecast."""
@@ -239,7 +240,8 @@ def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
     search, targets = recipe.search, len(splits.select.target)
     read = targets + min(search.prompts, len(splits.select.baseline))
     judged = search.finalists + 1 + bool(search.refine)  # the untouched model too
-    shortly, fully = search.survivors * min(search.prompts, targets), judged * read
+    replying = search.survivors + OTHERS + search.survivors // 2
+    shortly, fully = replying * min(search.prompts, targets), judged * read
     runs = 2 * search.trials * min(search.prompts, targets) + shortly + fully
     return runs, shortly * TOKENS + fully * recipe.eval.max_new_tokens
 
