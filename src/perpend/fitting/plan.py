@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def weight_factors(anatomy: Anatomy, section: EditSection) -> dict[str, list[flo
 
 def from_layer(directions: Directions, layer: float | None) -> Source:
     """Give every writer the directions of one layer, or with None those of its own layer."""
-    return lambda writer: directions.written(writer.layer if layer is None else layer, writer.layer)
+    written = cache(directions.written)  # between layers they take time, and a layer has several writers
+    return lambda writer: written(writer.layer if layer is None else layer, writer.layer)
 
 
 def plan_edit(

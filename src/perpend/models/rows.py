@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class Planted:
     """A tree on the session's device, and what the untouched model does with it.
 
     Attributes:
-        tree: The sequences.
+        tree: The sequences; its columns, places and tails on the device as well.
         inputs: Keyword arguments of the model, one row.
         entering: Residual `[1, T, d]` that enters a layer, by layer; behind the last one by the number of layers.
     """
@@ -145,11 +145,13 @@ class Planted:
         dtype = session.loaded.dtype
         mask = torch.zeros(tree.sees.shape, dtype=dtype).masked_fill(~tree.sees, torch.finfo(dtype).min)
         inputs = {"input_ids": tree.tokens[None], "position_ids": tree.depths[None], "attention_mask": mask[None, None]}
-        return cls(tree, {name: value.to(session.device) for name, value in inputs.items()})
+        places, tails = (tuple(x.to(session.device) for x in each) for each in (tree.places, tree.tails))
+        near = replace(tree, columns=tree.columns.to(session.device), places=places, tails=tails)
+        return cls(near, {name: value.to(session.device) for name, value in inputs.items()})
 
     def logits(self, session: Session) -> Tensor:
         """Return logits `[R, P, V]` at the columns of the tree, in the model's dtype, under the hooks in place."""
-        return load.logits_at(session.model, self.inputs, self.tree.columns.to(session.device))
+        return load.logits_at(session.model, self.inputs, self.tree.columns)
 
     @torch.no_grad()
     def read(self, session: Session, at: Sequence[int]) -> Tensor:

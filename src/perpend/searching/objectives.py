@@ -95,12 +95,14 @@ def likelihoods(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor
         `[R, n]` in nats, float32. Differentiable.
     """
     place, token = (torch.cat(list(x)).to(logits.device) for x in (places, tails))
-    owner = torch.repeat_interleave(torch.tensor([len(x) for x in tails])).to(logits.device)
-    rows = []
-    for row in logits:  # one row in float32 at a time
-        found = row.log_softmax(-1, dtype=torch.float32)[place, token]
-        rows.append(found.new_zeros(len(tails)).index_add(0, owner, found))
-    return torch.stack(rows)
+    rows = [row.log_softmax(-1, dtype=torch.float32)[place, token] for row in logits]  # one row in float32 at a time
+    return _sums(torch.stack(rows), tails)
+
+
+def _sums(x: Tensor, sequences: Sequence[Tensor]) -> Tensor:
+    """Return the sums `[R, n]` of `[R, m]`, which holds n sequences one after the other."""
+    owner = torch.repeat_interleave(torch.tensor([len(s) for s in sequences])).to(x.device)
+    return x.new_zeros(len(x), len(sequences)).index_add(1, owner, x)
 
 
 def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]) -> Tensor:
@@ -117,11 +119,13 @@ def divergence(logits: Tensor, places: Sequence[Tensor], tails: Sequence[Tensor]
     base = logits[-1].detach().log_softmax(-1, dtype=torch.float32)
     weight = base.exp()
     own = torch.linalg.vecdot(weight, base)
-    found = []
-    for row in logits[:-1]:
-        other = row.log_softmax(-1, dtype=torch.float32)
-        kl = own - torch.linalg.vecdot(weight, other)
-        if not bool(kl.isfinite().all()):  # words that the model rules out
-            kl = torch.where(weight > 0, weight * (base - other), 0).sum(-1)
-        found.append(torch.stack([kl[place.to(kl.device)].mean() for place in places]))
-    return torch.stack(found) if found else base.new_zeros(0, len(places))
+    if len(logits) == 1:
+        return base.new_zeros(0, len(places))
+    rows = [own - torch.linalg.vecdot(weight, row.log_softmax(-1, dtype=torch.float32)) for row in logits[:-1]]
+    sound = torch.stack(rows).isfinite().all(1).tolist()  # asked once: a GPU waits for every answer
+    for k in (k for k, finite in enumerate(sound) if not finite):  # words that the model rules out
+        other = logits[k].log_softmax(-1, dtype=torch.float32)
+        rows[k] = torch.where(weight > 0, weight * (base - other), 0).sum(-1)
+    place = torch.cat(list(places)).to(logits.device)
+    lengths = torch.tensor([len(x) for x in places]).to(logits.device)
+    return _sums(torch.stack(rows)[:, place], places) / lengths

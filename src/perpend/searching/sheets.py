@@ -28,6 +28,8 @@ the columns and tokens of n sequences, to `[R, n]`."""
 
 LONGEST = 512
 """Most tokens of a tree: beyond, attention to what is not seen costs more than a shared beginning saves."""
+LONGEST_GPU = 2048
+"""Likewise on a GPU, which is hardly busy with fewer."""
 EXACT, ROUNDED = 1e-3, 0.1
 """Nats per token by which both ways may differ, in float32 and in a half type, whose logits differ with any batch."""
 
@@ -46,7 +48,8 @@ class Room:
 
     def tokens(self, session: Session) -> int:
         """Return the tokens of a tree."""
-        return min(LONGEST, max(64, session.budget.forward // self.rows))
+        longest = LONGEST if session.device.type == "cpu" else LONGEST_GPU
+        return min(longest, max(64, session.budget.forward // self.rows))
 
     def columns(self, session: Session) -> int:
         """Return the tokens of a tree whose logits are read."""
