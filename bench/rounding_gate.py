@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--gguf")
     parser.add_argument("--tokens", type=int, default=64)
     asked = parser.parse_args()
-    gate.require_same = lambda found, folder: None
+    gate.require_same = lambda found, folder, rounding: None
     models = {"ordinary": asked.organism, "on the lattice": asked.lattice, "GGUF": asked.gguf}
     made: dict[str, Any] = {}
     for name, model in models.items():
