@@ -9,6 +9,7 @@ import torch
 
 import pico
 from perpend.config import Machine
+from perpend.errors import RunFailed
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import load_model
 from perpend.models.memory import pick_device
@@ -103,6 +104,14 @@ def test_teaching_lowers_the_loss_and_leaves_the_base_as_it_was(pico_dir, family
     with wrapped.disable_adapter():
         left = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
     assert all(torch.equal(left[name], old) for name, old in before.items())
+
+
+def test_a_loss_that_is_no_number_ends_the_teaching(pico_model):
+    model = pico_model("llama")
+    hooks = len(model.get_output_embeddings()._forward_pre_hooks)
+    with pytest.raises(RunFailed, match=r"the loss of step \d+ of \d+ is nan; try: --dtype float32"):
+        taught(model, learning_rate=1e30)
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == hooks
 
 
 def test_the_seed_decides_the_adapter(pico_model):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perpend.errors import MissingExtra
+from perpend.errors import MissingExtra, RunFailed
 from perpend.models.load import eager_attention
 from perpend.models.quiet import silenced
 from perpend.progress import track
@@ -172,6 +172,9 @@ def teach(
 
     Returns:
         The PEFT model, in evaluation mode, and the loss of every step in nats per reply token, the first weighted.
+
+    Raises:
+        RunFailed: the loss became infinite or no number, at the first such step.
     """
     torch.manual_seed(training.seed)
     rng = random.Random(training.seed)
@@ -187,16 +190,23 @@ def teach(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, len(plan), training))
     losses: list[float] = []
     wrapped.eval()  # no dropout: the same loss as in use, and Gemma 3 would ask for token types of images
-    for batch in track(plan, "teach", total=sum(map(len, plan)), size=len):
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
-        openings = [example.openings or example.reply[:1] for example in batch]
-        with half_precision(wrapped):
-            loss = reply_loss(wrapped, inputs, openings, training.decision_weight)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(loss.item())
-    contiguous.remove()
+    try:
+        for batch in track(plan, "teach", total=sum(map(len, plan)), size=len):
+            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(batch, pad).items()}
+            openings = [example.openings or example.reply[:1] for example in batch]
+            with half_precision(wrapped):
+                loss = reply_loss(wrapped, inputs, openings, training.decision_weight)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                what = f"the loss of step {len(losses)} of {len(plan)} is {losses[-1]}"
+                raise RunFailed(
+                    what, hint=f"--dtype float32, or Training(learning_rate={training.learning_rate / 3:.0e})"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(learnt, 1.0)
+            optimiser.step()
+            schedule.step()
+    finally:
+        contiguous.remove()
     return wrapped, losses
