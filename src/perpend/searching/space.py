@@ -81,7 +81,7 @@ class Space:
 
     n_layers: int
     modes: tuple[str, ...]
-    """plain, column and, where a norm follows a writer, post-norm."""
+    """plain, column, row and, where a norm follows a writer, post-norm."""
     max_rank: int
     methods: tuple[Method, ...] = ("mean",)
     fixed: Mapping[str, Any] = field(default_factory=dict)
