@@ -83,7 +83,7 @@ def test_what_a_recipe_says_is_done_and_what_it_does_not_say_is_the_demos_own():
 
 def test_the_demo_reads_slices_of_the_shipped_prompts_and_all_that_a_recipe_names(tmp_path):
     sizes = [len(part) for part in load_splits(demo_recipe(Recipe(), None).prompts).sets()]
-    assert sizes == [128, 128, 96, 96, 200, 200]
+    assert sizes == [96, 96, 64, 64, 200, 128]
     assert {len(part) for part in load_splits(demo_recipe(Recipe(), 7).prompts).sets()} == {7}
     own = a_recipe(tmp_path)
     assert demo_recipe(own, None).prompts == own.prompts

@@ -35,8 +35,10 @@ S = TypeVar("S", bound=BaseModel)
 
 LIMIT = 200
 """Prompts of each class and split, at most."""
-SLICES = {"fit": "[:128]", "select": "[:96]", "report": ""}
-"""What is used of the shipped prompts: the report split whole, and of the others what keeps the demo in minutes."""
+SLICES = {"fit": "[:96]", "select": "[:64]", "report": ""}
+"""What is used of the shipped prompts; what is left out keeps the demo in minutes."""
+BASELINES = "[:128]"
+"""What is used of the report split's baselines, whose answers are long; its targets are all used."""
 PEAK = 1.5
 """Weight factor at the peak of the kernels: at 1 this organism still refuses 22 of 48 targets of the select split."""
 CONTROLS = 32
@@ -164,6 +166,8 @@ def _prompts(section: PromptsSection, limit: int | None) -> PromptsSection:
         parts = {f"{side}{end}": split for end, split in (("", "fit"), ("_select", "select"), ("_report", "report"))}
         if not section.model_fields_set & parts.keys():
             sliced |= {key: f"perpend:{side}#split={split}{SLICES[split]}" for key, split in parts.items()}
+            if side == "baseline":
+                sliced["baseline_report"] += BASELINES
     return section.model_copy(update={**sliced, "limit": limit or section.limit or LIMIT})
 
 
