@@ -13,7 +13,6 @@ from task_cases import MACHINE, a_recipe, names, stopping
 import perpend.tasks.demo as demos
 import pico
 from perpend.config import Recipe, load
-from perpend.data import load_splits
 from perpend.errors import GateFailed, Interrupted, MissingExtra, RunFailed, UsageError
 from perpend.tasks.apply import apply
 from perpend.tasks.demo import demo, demo_recipe
@@ -79,14 +78,6 @@ def test_what_a_recipe_says_is_done_and_what_it_does_not_say_is_the_demos_own():
     assert asked("eval.classifier = 'NousResearch/Minos-v1'\nprompts.limit = 7") == (
         *usual[:2], "NousResearch/Minos-v1", 7
     )  # fmt: skip
-
-
-def test_the_demo_reads_slices_of_the_shipped_prompts_and_all_that_a_recipe_names(tmp_path):
-    sizes = [len(part) for part in load_splits(demo_recipe(Recipe(), None).prompts).sets()]
-    assert sizes == [96, 96, 64, 64, 200, 128]
-    assert {len(part) for part in load_splits(demo_recipe(Recipe(), 7).prompts).sets()} == {7}
-    own = a_recipe(tmp_path)
-    assert demo_recipe(own, None).prompts == own.prompts
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, pico_dir, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from perpend.config import Machine, PromptsSection, Recipe
+from perpend.config import Machine, Recipe
 from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.drift import Drift
@@ -34,11 +34,9 @@ from perpend.teaching import adapter, shipped
 S = TypeVar("S", bound=BaseModel)
 
 LIMIT = 200
-"""Prompts of each class and split, at most."""
-SLICES = {"fit": "[:96]", "select": "[:64]", "report": ""}
-"""What is used of the shipped prompts; what is left out keeps the demo in minutes."""
-BASELINES = "[:128]"
-"""What is used of the report split's baselines, whose answers are long; its targets are all used."""
+"""Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes.
+
+Fewer are not enough: a direction of 128 of each class (of which 125 and 112 are used) was worse: docs/negative-results.md."""
 PEAK = 1.5
 """Weight factor at the peak of the kernels: at 1 this organism still refuses 22 of 48 targets of the select split."""
 CONTROLS = 32
@@ -154,21 +152,9 @@ def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
         update={
             "edit": edit.model_copy(update=kernels),
             "eval": _or_else(recipe.eval, classifier=SMALL, control_prompts=CONTROLS),
-            "prompts": _prompts(recipe.prompts, limit),
+            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
         }
     )
-
-
-def _prompts(section: PromptsSection, limit: int | None) -> PromptsSection:
-    """Return the slices of the shipped prompts, or the prompts that a recipe names; of either at most the limit."""
-    sliced: dict[str, str] = {}
-    for side in ("target", "baseline"):
-        parts = {f"{side}{end}": split for end, split in (("", "fit"), ("_select", "select"), ("_report", "report"))}
-        if not section.model_fields_set & parts.keys():
-            sliced |= {key: f"perpend:{side}#split={split}{SLICES[split]}" for key, split in parts.items()}
-            if side == "baseline":
-                sliced["baseline_report"] += BASELINES
-    return section.model_copy(update={**sliced, "limit": limit or section.limit or LIMIT})
 
 
 def _or_else(section: S, **usual: Any) -> S:
