@@ -36,7 +36,7 @@ S = TypeVar("S", bound=BaseModel)
 LIMIT = 200
 """Prompts of each class and split: the report split whole, and of the others what keeps the demo in minutes.
 
-Fewer are not enough: a direction of 128 of each class (of which 125 and 112 are used) was worse: docs/negative-results.md."""
+Fewer are not enough: a direction of 128 of each class was worse (docs/negative-results.md)."""
 PEAK = 1.5
 """Weight factor at the peak of the kernels: at 1 this organism still refuses 22 of 48 targets of the select split."""
 CONTROLS = 32
