@@ -35,7 +35,7 @@ from perpend.models.load import load_model
 from perpend.models.session import Reply, Session
 from perpend.searching.base import Base
 from perpend.searching.candidate import Candidate
-from perpend.searching.front import CEILING, hypervolume, spread_out
+from perpend.searching.front import CEILING, along, decades, front, hypervolume
 from perpend.searching.study import Ledger
 from perpend.tasks.measure import judge
 
@@ -140,7 +140,7 @@ def _saved(talk: Talk, work: Path, n: int) -> list[Point]:
     listed = talk.wait_for("Enter number: ", 60) or ""
     rows = re.findall(r"\[(\d+)\] \[Trial\s+(\d+)\] Refusals:\s*(\d+)/(\d+), KL divergence: ([\d.]+)", listed)
     found = []
-    for number, index, refusals, asked, kl in spread_out(rows, n):
+    for number, index, refusals, asked, kl in along(rows, n, lambda r: (int(r[2]) / int(r[3]), decades(float(r[4])))):
         talk.answer(number)
         talk.wait_for("Enter number: ", 120)
         talk.answer("1")
@@ -217,11 +217,16 @@ def run_ours(organism: str, work: Path, files: dict[str, Path], given: argparse.
 
 
 def _ours_on_front(out: Path, times: dict[str, float], n: int, chosen: float) -> list[Point]:
-    """Return the chosen model, saved, and others of the front that are judged as hooks."""
+    """Return the chosen model, saved, and others of the front of its own replies, which are judged as hooks."""
     data = json.loads((out / "front.json").read_text())
-    edge = [p for p in data["front"] if p["on_front"] and not p["chosen"]]
+
+    def pair(point: Point) -> tuple[float, float]:
+        return 1 - point["accepted_shortly"]["share"], point["drift"]
+
+    replied = [p for p in data["front"] if p["accepted_shortly"]]
+    edge = [p for p in front(replied, pair) if not p["chosen"]]
     found = [{"name": "perpend, chosen", "path": str(out), "found_at": chosen}]
-    for point in spread_out(edge, n - 1):
+    for point in along(edge, n - 1, lambda p: (pair(p)[0], decades(p["drift"]))):
         at = times.get(point["name"], chosen)
         found.append({"name": f"perpend, {point['name']}", "edit": point["candidate"], "found_at": at})
     return found
