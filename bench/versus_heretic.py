@@ -30,6 +30,7 @@ from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.core.stats import wilson
 from perpend.data import Prompt, Splits, load_splits
+from perpend.export.shards import bake
 from perpend.judges.panel import Panel
 from perpend.models.load import load_model
 from perpend.models.session import Reply, Session
@@ -40,6 +41,7 @@ from perpend.searching.study import Ledger
 from perpend.tasks.measure import judge
 
 Point = dict[str, Any]
+REFINED = ", refined"
 Asked = list[tuple[Prompt, Reply]]
 
 
@@ -95,6 +97,20 @@ def install(venv: Path) -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "heretic-llm"], check=True)
+
+
+def versions(venv: Path) -> dict[str, str]:
+    """Return which versions of what are compared."""
+    names = {"perpend": sys.executable, "heretic-llm": str(venv / "bin" / "python")}
+    ask = "import importlib.metadata as m, sys; print(*(m.version(n) for n in sys.argv[1:]))"
+    found = {}
+    for name, python in names.items():
+        told = subprocess.run(
+            [python, "-c", ask, name, "torch", "transformers"], capture_output=True, text=True, check=True
+        )
+        found[name], torch, transformers = told.stdout.split()
+        found[f"beside {name}"] = f"torch {torch}, transformers {transformers}"
+    return found
 
 
 def write_prompts(splits: Splits, folder: Path, each: int, held_out: int) -> dict[str, Path]:
@@ -217,7 +233,7 @@ def run_ours(organism: str, work: Path, files: dict[str, Path], given: argparse.
 
 
 def _ours_on_front(out: Path, times: dict[str, float], n: int, chosen: float) -> list[Point]:
-    """Return the chosen model, saved, and others of the front of its own replies, which are judged as hooks."""
+    """Return the chosen model, others along the front of its own replies, and what refinement began from and made."""
     data = json.loads((out / "front.json").read_text())
 
     def pair(point: Point) -> tuple[float, float]:
@@ -225,11 +241,24 @@ def _ours_on_front(out: Path, times: dict[str, float], n: int, chosen: float) ->
 
     replied = [p for p in data["front"] if p["accepted_shortly"]]
     edge = [p for p in front(replied, pair) if not p["chosen"]]
-    found = [{"name": "perpend, chosen", "path": str(out), "found_at": chosen}]
-    for point in along(edge, n - 1, lambda p: (pair(p)[0], decades(p["drift"]))):
+    taken = along(edge, n - 1, lambda p: (pair(p)[0], decades(p["drift"])))
+    made = {p["name"].removesuffix(REFINED) for p in replied if p["name"].endswith(REFINED)}
+    taken += [p for p in replied if p["name"].removesuffix(REFINED) in made and not p["chosen"] and p not in taken]
+    name = next(p["name"] for p in data["front"] if p["chosen"])
+    found = [{"name": f"perpend, {name}: chosen", "path": str(out), "found_at": chosen}]
+    for point in taken:
         at = times.get(point["name"], chosen)
         found.append({"name": f"perpend, {point['name']}", "edit": point["candidate"], "found_at": at})
     return found
+
+
+def save(session: Session, organism: str, work: Path, points: list[Point]) -> None:
+    """Write the points that are no model yet, as `perpend apply` does, so that both tools' files are judged."""
+    for k, point in enumerate(points):
+        if "path" not in point:
+            edit, out = edit_of(session, work / "perpend", point["edit"]), work / f"perpend-{k}"
+            bake(Path(organism), edit, session.anatomy, out, session.model)
+            point["path"] = str(out)
 
 
 class Judge:
@@ -353,7 +382,7 @@ def main() -> None:
     splits = load_splits(Recipe().prompts)
     files = write_prompts(splits, given.work, given.prompts, given.held_out)
     settings = {k: v for k, v in vars(given).items() if k not in LOCAL}
-    found: dict[str, Any] = {"settings": settings}
+    found: dict[str, Any] = {"settings": settings, "versions": versions(given.heretic), "cores": os.cpu_count()}
 
     def keep() -> None:  # after every step, so that a run that is cut short leaves what it has
         if given.output:
@@ -370,12 +399,10 @@ def main() -> None:
         keep()
     judged = Judge(given.organism, given.original, splits, given)
     found["untouched"], found["original"] = judged(judged.organism), judged(judged.original)
+    save(judged.organism, given.organism, given.work, ours["points"])
     for name, side in (("perpend", ours), ("heretic", theirs)):
         for k, point in enumerate(side["points"]):
-            if "path" in point:
-                point |= judged(Session(load_model(point["path"]), Machine()))
-            else:
-                point |= judged(judged.organism, edit_of(judged.organism, given.work / "perpend", point["edit"]))
+            point |= judged(Session(load_model(point["path"]), Machine()))
             found[name]["points"][k] = _public(point)
             keep()
     found["compared"] = compared(theirs, ours, found["untouched"], 60 * given.minutes)
@@ -402,7 +429,31 @@ def markdown(found: dict[str, Any]) -> str:
         return f"| {' | '.join(map(str, cells))} |"
 
     head = "| model | found at, s | accepted (95 %) | refused | broken | drift | KL to original |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *(line(name, p) for name, p in rows)])
+    models = [head, "|---|---|---|---|---|---|---|", *(line(name, p) for name, p in rows)]
+    return "\n".join([*_speeds(found), "", *models, "", *_verdict(found["compared"])])
+
+
+def _speeds(found: dict[str, Any]) -> list[str]:
+    """Return how fast either tool was, as a table."""
+    both = [found["heretic"], found["perpend"]]
+    rows = [
+        ("seconds per trial", *(f"{b['seconds_per_trial']} ({b['trials']} trials)" for b in both)),
+        ("before the first trial, s", *(b["before_first_trial"] for b in both)),
+        ("whole search, s", *(b["seconds"] for b in both)),
+    ]
+    return ["| | heretic-llm | perpend |", "|---|---|---|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+
+
+def _verdict(compared: dict[str, Any]) -> list[str]:
+    """Return who is ahead: dominance, hypervolume, and the drift of each at no less than the other's acceptance."""
+    at, volume = compared["our_front_dominates_theirs_at"], compared["hypervolume_at_equal_time"]
+    said = "never" if at is None else f"{at:.0f} s, of their {compared['their_whole_run']:.0f} s"
+    head = [f"our front dominates their final one: {said}", f"hypervolume at equal time: {volume}", ""]
+    rows = [
+        f"| {r['theirs']} | {r['drift'][0]} | {r['ours'] or 'none'} | {r['drift'][1] or ''} |"
+        for r in compared["at_least_their_acceptance"]
+    ]
+    return [*head, "| theirs | drift | ours with at least its acceptance | drift |", "|---|---|---|---|", *rows]
 
 
 if __name__ == "__main__":
