@@ -45,10 +45,17 @@ from perpend.tasks.measure import cost, judge
 from perpend.tasks.recipes import EDIT, find_edit, write_recipe
 
 PEAK, DRIFT_TOKENS = 0.75, 32
-FILES = {"base q4_0": "base.q4_0", "edit bf16": "plain.bf16", "plain q4_0": "plain.q4_0", "--for q4_0": "kept.q4_0"}
-"""What answers, and its file."""
-INTO = {"export gguf --base": "into.q4_0"}
-"""Weighed alone: the plainly written edit, put into the GGUF file of the base."""
+FILES = {
+    "base q4_0": "base.q4_0",
+    "edit bf16": "plain.bf16",
+    "plain q4_0": "plain.q4_0",
+    "--for q4_0": "kept.q4_0",
+    "export gguf --base": "into.q4_0",
+    "apply FILE.gguf": "applied.q4_0",
+}
+"""What answers, and its file; the last two are the GGUF file of the base with the edit, from a checkpoint and directly."""
+BOTH = ("--for q4_0", "apply FILE.gguf")
+"""Answer in transformers too."""
 
 
 class Bench:
@@ -57,7 +64,9 @@ class Bench:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.work = asked, Path(asked.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        self.recipe = Recipe.model_validate({"model": {"id": str(self.work / "lattice")}})
+        self.recipe = Recipe.model_validate(
+            {"model": {"id": str(self.work / "lattice")}, "eval": {"classifier": "perpend:small"}}
+        )
         splits = load_splits(self.recipe.prompts)
         self.targets = splits.report.target.limited(asked.prompts).prompts
         self.baselines = splits.report.baseline.limited(asked.prompts // 2).prompts
@@ -123,6 +132,9 @@ class Bench:
         into = self.work / "into.q4_0.gguf"
         if not into.exists():
             perpend.export_gguf(self.work / "plain", output=into, base=self.work / "base.q4_0.gguf")
+        applied = self.work / "applied.q4_0.gguf"
+        if not applied.exists():  # by the command as it is, its gate with replies and all
+            perpend.apply(str(self.work / "base.q4_0.gguf"), edit=self.work / "plain", output=applied)
         return sizes
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -133,7 +145,7 @@ class Bench:
         anatomy = perpend.Anatomy.of(model)
         before = Source(Checkpoint(self.lattice()), model, anatomy)
         found = {}
-        for name, stem in [*list(FILES.items())[1:], *INTO.items()]:
+        for name, stem in list(FILES.items())[1:]:
             files = layouts(self.work / f"{stem}.gguf")
             changes = plan(files, edit, anatomy)
             rows = leak_rows(changes, files, anatomy, before=before.whole, allow_leak=True)
@@ -182,7 +194,7 @@ class Bench:
                 change.writer.assign(change.writer.weight(other.model).data, whole)
             moved = cost(other, None, asked, DRIFT_TOKENS, reference=reference, limit=len(self.baselines))
             found[name] = {"drift": moved.to_json()}
-            if name == "--for q4_0":
+            if name in BOTH:
                 replies = other.generate(self.targets, max_new_tokens=self.asked.tokens)
                 found[name]["replies"] = [r.tokens[:-1] if r.finished else r.tokens for r in replies]
         return found
@@ -204,7 +216,7 @@ class Bench:
 
         tokenizer = Tokenizer.from_file(str(self.lattice() / "tokenizer.json"))
         labels = {name: self.judged(tokens, tokenizer.decode) for name, tokens in said.items()}
-        again = self.judged(here["--for q4_0"].pop("replies"), tokenizer.decode)
+        again = {name: self.judged(here[name].pop("replies"), tokenizer.decode) for name in BOTH}
         kept = labels["--for q4_0"]
         return {
             "prompts": len(self.targets),
@@ -216,9 +228,14 @@ class Bench:
             "labels": {name: brief(judged) for name, judged in labels.items()},
             "plain → --for": compare(labels["plain q4_0"], kept).to_json(),
             "edit bf16 → --for": compare(labels["edit bf16"], kept).to_json(),
-            "transformers, --for q4_0": brief(again),
-            "llama.cpp → transformers": compare(kept, again).to_json(),
-            "same labels": sum(a == b for a, b in zip(kept.labels, again.labels, strict=True)),
+            "llama.cpp → transformers": {
+                name: {
+                    "transformers": brief(here_said),
+                    "compared": compare(labels[name], here_said).to_json(),
+                    "same labels": sum(a == b for a, b in zip(labels[name].labels, here_said.labels, strict=True)),
+                }
+                for name, here_said in again.items()
+            },
             "drift": {name: row["drift"] for name, row in here.items()},
         }
 
