@@ -53,7 +53,7 @@ FILES = {
     "export gguf --base": "into.q4_0",
     "apply FILE.gguf": "applied.q4_0",
 }
-"""What answers, and its file; the last two are the GGUF file of the base with the edit, from a checkpoint and directly."""
+"""What answers, and its file; the last two are the base's GGUF file with the edit, by a checkpoint and directly."""
 BOTH = ("--for q4_0", "apply FILE.gguf")
 """Answer in transformers too."""
 
