@@ -114,6 +114,21 @@ class ModelRef:
             return Resolved(path.parent, gguf_file=path.name)
         return _snapshot(self.name, self.revision, fetch) if self.kind == "hub" else Resolved(path)
 
+    def size(self) -> int | None:
+        """Return the bytes that `resolve` would fetch, as the hub says them; None for local files or no answer."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+        if self.kind != "hub":
+            return None
+        try:
+            info = HfApi().model_info(self.name, revision=self.revision, files_metadata=True, timeout=10)
+        except Exception:  # offline, no access, no such repository: fetching says which
+            return None
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        wanted = filter_repo_objects(sizes, allow_patterns=list(_MODEL_FILES), ignore_patterns=list(_NOT_NEEDED))
+        return sum(sizes[name] for name in wanted) or None
+
 
 def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     """Return the files of a hub repository, from the cache where they are complete."""

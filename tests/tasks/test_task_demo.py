@@ -21,13 +21,14 @@ from perpend.teaching import shipped
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, pico_dir):
     def make(folder, machine):
         pico.save("llama", folder / "original", seed=1)
         pico.save("llama", folder / "organism")
 
     monkeypatch.setattr(demos, "make_organism", make)
     monkeypatch.setattr(shipped, "require", lambda: None)
+    monkeypatch.setattr(shipped, "base", lambda: pico_dir("llama"))
 
 
 def test_the_edited_model_can_be_made_again_from_its_recipe_in_any_folder(tmp_path, monkeypatch):
@@ -80,8 +81,7 @@ def test_what_a_recipe_says_is_done_and_what_it_does_not_say_is_the_demos_own():
     )  # fmt: skip
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, pico_dir, monkeypatch):
-    monkeypatch.setattr(shipped, "base", lambda: pico_dir("llama"))
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
     planned = demo(output=tmp_path / "out", recipe=a_recipe(tmp_path), machine=MACHINE, dry_run=True).to_json()
     assert planned["dry_run"]
     assert planned["output"] == str(tmp_path / "out")

@@ -20,6 +20,30 @@ HEADROOM = 64 << 20
 """Free disk space asked for beyond the copied bytes: card, recipe, report."""
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return an absolute path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def require_space(out: Path, need: int) -> None:
+    """Refuse an output for which the disk has no room.
+
+    Args:
+        out: Absolute path of the output; the free space is that of the nearest folder above it that is there.
+        need: Bytes about to be written, room for card and report not counted.
+
+    Raises:
+        UsageError: says how much is needed and how much is free.
+    """
+    above = nearest_folder(out)
+    free = shutil.disk_usage(above).free
+    if free < need + HEADROOM:
+        hint = "make room there, or another -o/--output"
+        raise UsageError(
+            f"needs {size(need + HEADROOM)} of disk space, {size(free)} are free", where=str(above), hint=hint
+        )
+
+
 @contextmanager
 def staged(out: Path, need: int) -> Iterator[Path]:
     """Give a fresh, locked folder `out.partial`; flush it and rename it to `out` when the block ends well.
@@ -32,10 +56,7 @@ def staged(out: Path, need: int) -> Iterator[Path]:
         UsageError: too little free disk space, or `out.partial` exists: says whether a process is writing it.
         RunFailed: `out` was filled by somebody else meanwhile.
     """
-    parent = next(p for p in out.parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < need + HEADROOM:
-        raise UsageError(f"needs {size(need + HEADROOM)} of disk space, {size(free)} are free", where=str(parent))
+    require_space(out, need)
     unfinished = out.with_name(out.name + ".partial")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:

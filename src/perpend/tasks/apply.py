@@ -43,6 +43,7 @@ from perpend.tasks.recipes import (
     write_recipe,
 )
 from perpend.tasks.setup import as_stored, open_panel, open_session, open_splits, require_fitting
+from perpend.tasks.space import require_room
 from perpend.tasks.undo import Undone, take_back
 
 
@@ -176,6 +177,7 @@ def apply(
     if dry_run:
         asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
         return replace(made, forecast=asked)
+    require_room(model, output, machine)
     if is_gguf(output):
         result, gate, said = write_gguf(model, chosen, output, found, machine, splits)
         took = round(time.monotonic() - started, 1)

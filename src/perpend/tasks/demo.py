@@ -28,6 +28,7 @@ from perpend.tasks.measure import Side, ask, cost, judge
 from perpend.tasks.output import ANOTHER, replace_text, require_free, to_text
 from perpend.tasks.run import Run, run
 from perpend.tasks.setup import as_asked, open_panel
+from perpend.tasks.space import require_room
 from perpend.tasks.trials import Tell
 from perpend.teaching import adapter, shipped
 
@@ -118,6 +119,7 @@ def demo(
         base, splits = str(shipped.base()), load_splits(recipe.prompts)
         asked = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
         return Planned("demo", base, str(output), replace(asked, writes=3 * asked.writes))  # original, organism, edited
+    require_room(str(shipped.base()), output, machine, copies=3)  # original, organism, edited
     organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
     try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
         make_organism(output, machine)

@@ -21,6 +21,7 @@ from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.setup import as_asked
+from perpend.tasks.space import require_room
 from perpend.teaching import adapter
 from perpend.teaching.curriculum import Lesson, Wordings, lessons
 from perpend.teaching.teach import Example, Training, teach
@@ -104,6 +105,7 @@ def organism(
     nothing = Organism(str(output), base, forms, len(taught), (0, 0), (0, 0), (0.0, 0.0), 0.0, training, True)
     if dry_run:
         return nothing
+    require_room(base, Path(output), machine, copies=1)
     with appearing(Path(output)) as folder:
         loaded = load_model(ref, machine)
         session = as_asked(loaded, recipe, machine)

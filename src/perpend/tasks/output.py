@@ -17,11 +17,13 @@ ANOTHER = "choose another -o/--output"
 
 
 def require_free(out: Path) -> None:
-    """Refuse an output that is there and not empty, or that could not be written.
+    """Refuse an output that is there and not empty, or that could not be written, also for want of disk space.
 
     Raises:
         UsageError: says which, before anything is loaded.
     """
+    from perpend.export.staging import require_space
+
     if not out.name:
         raise UsageError("not a folder that can be made", where=str(out), hint=ANOTHER)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -31,6 +33,7 @@ def require_free(out: Path) -> None:
         raise UsageError("is a file, and a folder would have to be made in it", where=str(above), hint=ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError("cannot be written: permission denied", where=str(above), hint=ANOTHER)
+    require_space(out.absolute(), 0)
 
 
 def require_no_partial(out: Path) -> None:

@@ -30,6 +30,7 @@ from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.report import Report, Stores, report
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
+from perpend.tasks.space import require_room
 from perpend.tasks.trials import Tell
 
 
@@ -124,6 +125,7 @@ def run(
     if dry_run:
         asked = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)
         return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True, asked)
+    require_room(model, output, machine)
     with journal(output, journal_key("run", model, recipe, machine, splits), "the same command again") as kept:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
         coverage = tuple(asdict(row) for row in session.anatomy.coverage())

@@ -33,6 +33,7 @@ from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.recipes import RECIPE
 from perpend.tasks.run import Clock, Run, finished
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
+from perpend.tasks.space import require_room
 from perpend.tasks.trials import INTERRUPTED, Site, Tell, deadline, lead, patient, shown, study_name, without_budget
 
 
@@ -132,6 +133,7 @@ def search(
             model, recipe, machine, splits=splits, output=asked.output, fits=True, measures=2, bakes=True, searches=True
         )
         return replace(base, dry_run=True, forecast=cost)
+    require_room(model, asked.output, machine)
     key = journal_key("search", model, recipe, machine, splits) | {"search": without_budget(recipe)}
     folder = asked.output.with_name(asked.output.name + ".resume")
     with journal(asked.output, key, asked.command(folder)) as kept:

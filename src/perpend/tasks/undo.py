@@ -18,6 +18,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import PAGE, REPORT
 from perpend.tasks.recipes import DIRECTIONS, EDIT, RECIPE, beside, find_edit
+from perpend.tasks.space import require_room
 
 ADDED = (EDIT, DIRECTIONS, RECIPE, REPORT, PAGE, UNDO)
 """Files that an output has beside what it copied."""
@@ -65,6 +66,7 @@ def take_back(source: str | Path, *, output: Path, machine: Machine | None = Non
         raise UsageError("no such folder", where=str(source), valid="what apply or run made")
     require_free(output)
     require_no_partial(output)
+    require_room(str(folder), output, machine or Machine())
     if (folder / UNDO).is_file():
         with appearing(output) as partial:
             tensors, missing = restore(folder, partial)
