@@ -205,6 +205,21 @@ def test_pairs_are_folded_to_one_line():
     assert len(text) < 600
 
 
+@pytest.mark.parametrize(
+    ("targets", "baselines", "shown"),
+    [(9, 9, "tttt bb"), (4, 2, "tttt bb"), (9, 1, "ttttt b"), (1, 9, "t bbbbb"), (9, 0, "tttttt"), (1, 1, "t b")],
+)
+def test_six_pairs_are_shown_four_of_targets_and_two_of_baselines(targets, baselines, shown):
+    rows = [{"class": "target", "prompt": f"t{k}", "before": "old", "after": "new"} for k in range(targets)]
+    rows += [{"class": "baseline", "prompt": f"b{k}", "before": "old", "after": "new"} for k in range(baselines)]
+    lines = [line.split() for line in _plain(render.pairs(rows)).splitlines()]
+    prompts = [line[1:] for line in lines if line[0] == "›"]
+    wanted = [[f"t{k}"] for k in range(shown.count("t"))] + [["baseline:", f"b{k}"] for k in range(shown.count("b"))]
+    assert prompts == wanted
+    assert sum(line == ["before", "old"] for line in lines) == sum(line == ["after", "new"] for line in lines)
+    assert len(lines) == 3 * len(prompts)
+
+
 def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
     from perpend.judges.dictionary import Dictionary
     from perpend.judges.labels import Record
@@ -269,7 +284,31 @@ def test_a_fit_shows_the_layers_that_were_tried():
         "modules": 4,
     }
     text = _plain(views.fit(data))
+    assert "Every layer" in text
     assert "1 of 3" in text
     assert "0.9" in text
     (chosen,) = (line.split() for line in text.splitlines() if line.rstrip().endswith("chosen"))
     assert chosen == ["1", "3.000", "0.250", "0.125", "chosen"]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 30])
+@pytest.mark.parametrize("chosen", [None, 0.6])
+def test_a_fit_shows_the_diagnostics_of_every_layer(layers, chosen):
+    names = ("auc", "split_half_cosine", "top4_share")
+    diagnostics = {name: [(100 * j + k) / 1000 for k in range(layers)] for j, name in enumerate(names)}
+    diagnostics["baseline_cosine"] = [0.987] * layers
+    text = _plain(render.per_layer(diagnostics, chosen))
+    cells = text.split("AUC: held-out")[0].split()
+    numbers = cells[cells.index("4") + 1 :]
+    while numbers[0] == "layer":  # the heads of the blocks beside the first
+        numbers = numbers[len(["layer", "AUC", "halves", "top", "4"]) :]
+    found = {numbers[k]: numbers[k + 1 : k + 4] for k in range(0, len(numbers), 4)}
+    assert found == {str(k): [f"{diagnostics[name][k]:.3f}" for name in names] for k in range(layers)}
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+
+
+def test_a_number_that_a_layer_lacks_is_a_dash_and_a_fit_without_diagnostics_has_no_table():
+    text = _plain(render.per_layer({"auc": [None, float("nan"), 0.5]}, 2))
+    assert text.split("AUC:")[0].split()[-6:] == ["0", "–", "1", "–", "2", "0.500"]
+    assert "halves" not in text
+    assert _plain(render.per_layer({"baseline_cosine": [0.5]})) == ""

@@ -18,6 +18,8 @@ Rows = Sequence[Data]
 
 REPLY = 160
 """Characters of a reply that are shown."""
+SHOWN = {"target": 4, "baseline": 2}
+"""Pairs of replies that are shown of each class."""
 LABELS = {"comply": "green", "refuse": "yellow", "evade": "yellow", "broken": "red"}
 
 
@@ -229,17 +231,67 @@ _DRIFT = {
 }
 
 
-def pairs(rows: Rows, limit: int = 3) -> Iterator[RenderableType]:
+def pairs(rows: Rows, shares: Mapping[str, int] = SHOWN) -> Iterator[RenderableType]:
     """Show prompts with the reply before and after, each on one line.
 
     Args:
-        rows: `prompt`, `before`, `after` and, where known, `label_before`, `label_after`.
-        limit: At most this many.
+        rows: `prompt`, `before`, `after` and, where known, `class`, `label_before`, `label_after`.
+        shares: How many of each class, in this order; what one class lacks is filled up from the next that has more.
     """
-    for row in rows[:limit]:
-        yield Text.assemble(("› ", "dim"), (shortened(row["prompt"], REPLY), "bold"))
-        for side in ("before", "after"):
-            if row.get(side) is not None:
-                label = str(row.get(f"label_{side}") or "")
-                marked = (f"[{printable(label)}] ", LABELS.get(label, "yellow")) if label else ""
-                yield Text.assemble((f"  {side:7}", "dim"), marked, shortened(row[side], REPLY))
+    by_class = {name: [row for row in rows if row.get("class", "target") == name] for name in shares}
+    spare = sum(shares.values()) - sum(min(len(by_class[name]), n) for name, n in shares.items())
+    for name, n in shares.items():
+        own = by_class[name]
+        more = min(spare, max(0, len(own) - n))
+        spare -= more
+        for row in own[: n + more]:
+            yield from _pair(row, "› " if name == "target" else f"› {name}: ")
+
+
+def _pair(row: Data, mark: str) -> Iterator[RenderableType]:
+    yield Text.assemble((mark, "dim"), (shortened(row["prompt"], REPLY), "bold"))
+    for side in ("before", "after"):
+        if row.get(side) is not None:
+            label = str(row.get(f"label_{side}") or "")
+            marked = (f"[{printable(label)}] ", LABELS.get(label, "yellow")) if label else ""
+            yield Text.assemble((f"  {side:7}", "dim"), marked, shortened(row[side], REPLY))
+
+
+DIAGNOSTICS = {
+    "auc": ("AUC", "held-out prompts told apart"),
+    "split_half_cosine": ("halves", "cosine of the directions of two halves of the prompts"),
+    "top4_share": ("top 4", "share of its square in its four largest dimensions"),
+}
+"""Diagnostics of a direction that are shown for every layer: the head of the column, and what it means."""
+SIDE_BY_SIDE = 3
+"""Layers that share a line."""
+
+
+def per_layer(
+    diagnostics: Mapping[str, Sequence[float | None]], chosen: float | None = None
+) -> Iterator[RenderableType]:
+    """Show the diagnostics of every layer, counted down the columns.
+
+    Args:
+        diagnostics: One number per layer each, by name.
+        chosen: The layer that the direction is taken from, where there is one.
+    """
+    names = [name for name in DIAGNOSTICS if diagnostics.get(name)]
+    if not names:
+        return
+    layers = len(diagnostics[names[0]])
+    lines = -(-layers // SIDE_BY_SIDE)
+    made = Table(title="Every layer", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for block in range(-(-layers // lines)):
+        for head in (*([""] if block else []), "layer", *(DIAGNOSTICS[name][0] for name in names)):
+            made.add_column(Text(head), justify="right", no_wrap=True)
+    for line in range(lines):
+        cells: list[Text] = []
+        for layer in range(line, layers, lines):
+            style = "bold" if chosen is not None and layer == round(chosen) else ""
+            numbers = [diagnostics[name][layer] for name in names]
+            texts = [str(layer), *("–" if x is None or x != x else f"{x:.3f}" for x in numbers)]
+            cells += [*([Text("")] if cells else []), *(Text(text, style=style) for text in texts)]
+        made.add_row(*cells)
+    yield made
+    yield Text("; ".join(": ".join(DIAGNOSTICS[name]) for name in names), style="dim")

@@ -141,6 +141,7 @@ def fit(data: Data) -> View:
             facts[f"{render.spaced(name)} there"] = float(values[at])
     facts["modules in the edit"] = data["modules"]
     yield render.names_and_values(facts, "\nDirection")
+    yield from render.per_layer(diagnostics, layer)
     if data.get("choice"):
         yield candidates(data["choice"])
 
