@@ -42,7 +42,7 @@ class UsageError(PerpendError):
 
 
 class RunFailed(PerpendError):
-    """The request was fine and the work failed: non-finite weights, out of memory, a broken file met half-way."""
+    """The request was fine and the work failed: numbers not finite, out of memory, a broken file met half-way."""
 
 
 class GateFailed(RunFailed):

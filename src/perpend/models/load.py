@@ -83,8 +83,8 @@ def load_model(
         copy_of: The model that an edited copy was made from, whose code it carries.
 
     Raises:
-        UsageError: the reference, the files, the dtype or the device cannot be used; said before weights are read.
-        RunFailed: weights that are not finite.
+        UsageError: the reference, the files, the dtype or the device cannot be used, said before weights are read; or
+            weights that are not finite.
     """
     import transformers
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perpend.errors import RunFailed
+from perpend.errors import RunFailed, UsageError
 from perpend.models.convoy import Convoy, Outcome
-from perpend.models.headers import read_header, read_into
+from perpend.models.headers import REPAIR, read_header, read_into
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ class Unit:
             hook.pre_forward(part)
             hook.offload = False
         if not self.checked:
-            require_finite(self.module, self.name)
+            require_finite(self.module, self.name, begun=True)
             self.checked = True
         for change in self.changes:
             change()
@@ -198,23 +198,23 @@ def aligned(module: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def require_finite(module: nn.Module, where: str, prefix: str = "") -> None:
+def require_finite(module: nn.Module, where: str, *, begun: bool = False) -> None:
     """Check all parameters that are in memory.
 
     Args:
         module: Whose parameters are looked at.
         where: For the message.
-        prefix: Goes before their names.
+        begun: Whether the work has begun: the layers of a model that is read piece by piece are met when they are used.
 
     Raises:
-        RunFailed: names the first parameter that holds NaN or infinity.
+        UsageError: names the first parameter that holds NaN or infinity; RunFailed where the work has begun.
     """
     for name, parameter in module.named_parameters():
         plain = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
         if plain and parameter.numel():
             low, high = torch.aminmax(parameter)
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise RunFailed(f"{prefix}{name} holds NaN or infinity", where=where)
+                raise (RunFailed if begun else UsageError)(f"{name} holds NaN or infinity", where=where, hint=REPAIR)
 
 
 def device_of(module: nn.Module, parameter: Tensor) -> torch.device:
