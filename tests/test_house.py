@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     ("_version", "errors", "escape", "progress", "units"),
     ("core",),
-    ("refs", "config"),
+    ("complaints", "refs", "config"),
     ("data",),
     ("models",),
     ("judges", "drift"),

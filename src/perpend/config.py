@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from perpend.complaints import explain
 from perpend.core.kinds import Method as Method
 from perpend.core.kinds import Mode as Mode
 from perpend.core.schedule import Length, NormalKernel, Schedule
-from perpend.errors import UsageError, nearest
+from perpend.errors import UsageError
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -292,33 +293,6 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> UsageError:
-    """Turn pydantic's first complaint into one line with the nearest valid key."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in path if part not in {"normal", "tent", "band", "constant", "list"})
-    if first["type"] == "extra_forbidden":
-        valid = keys(root)
-        section, _, leaf = key.rpartition(".")
-        siblings = [k for k in valid if k.rpartition(".")[0] == section] if section else list(root.model_fields)
-        elsewhere = [k for k in valid if k.rpartition(".")[2] == leaf]
-        hint = nearest(key, elsewhere or valid) or nearest(leaf, siblings)
-        return UsageError(f"unknown key '{key[:200]}'", where=where, valid=", ".join(siblings or valid), hint=hint)
-    given = first.get("input")
-    shown = f" (got {_short(given)})" if isinstance(given, str | int | float | bool) else ""
-    said = first["msg"] if len(first["msg"]) <= 300 else f"{first['msg'][:300]}…"
-    return UsageError(f"{key}: {said[0].lower()}{said[1:]}{shown}", where=where)
-
-
-def _short(value: object) -> str:
-    """Return a value as Python writes it, cut where it goes on for long."""
-    try:
-        text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
 def build(root: type[S], data: Mapping[str, Any], where: str) -> S:
     """Validate a mapping as `root`, or raise one line that names `where` and the key.
 
@@ -328,7 +302,7 @@ def build(root: type[S], data: Mapping[str, Any], where: str) -> S:
     try:
         return root.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, where, root) from None
+        raise explain(error, where, keys(root), list(root.model_fields)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

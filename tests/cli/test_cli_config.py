@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpend.config import Recipe, build, keys, load, to_toml
+from perpend.config import Machine, Recipe, build, keys, load, to_toml
 from perpend.errors import UsageError
 from perpend.tasks.config import commented, config_init, config_show, config_validate, documentation
 
@@ -114,3 +114,51 @@ def test_validate_names_file_key_and_nearest(cli, tmp_path):
     assert said.err.startswith("perpend: bad.toml: unknown key 'edit.mod'")
     assert "did you mean 'edit.mode'?" in said.err
     assert config_validate(tmp_path / "good.toml").recipe.edit.mode == "column"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("edit.mode = 'colum'", "edit.mode: unknown value 'colum'; valid: plain, column, row; did you mean 'column'?"),
+        (
+            "fit.layer = 'atuo'",
+            "fit.layer: unknown value 'atuo'; valid: auto, each, a finite number of layers or a share such as '53%'; "
+            "did you mean 'auto'?",
+        ),
+        (
+            "edit.mlp.kind = 'normall'",
+            "edit.mlp.kind: unknown value 'normall'; valid: normal, tent, band, constant, list; did you mean 'normal'?",
+        ),
+        ("fit.position = 3", "fit.position: unknown value 3; valid: auto, at most -1"),
+        ("fit.position = 'x'", "fit.position: unknown value 'x'; valid: auto, a whole number"),
+        (
+            "edit.mlp = {kind = 'tent', peak_layer = 'x'}",
+            "edit.mlp.peak_layer: must be a finite number of layers or a share such as '53%' (got 'x')",
+        ),
+        ("edit.mlp = {kind = 'list', values = [1, 'x']}", "edit.mlp.values.1: input should be a valid number"),
+        ("edit.mlp = 'tent'", "edit.mlp: keys are wanted (got 'tent'); valid: weight, values, peak_weight"),
+        ("fit.winsorize = 3", "fit.winsorize: input should be less than 1 (got 3)"),
+    ],
+)
+def test_a_value_that_is_not_valid_is_named_with_the_nearest_that_is(text, said, tmp_path):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(UsageError) as in_file:
+        load(tmp_path / "r.toml")
+    assert str(in_file.value).startswith(f"{tmp_path / 'r.toml'}: {said}")
+    with pytest.raises(UsageError) as on_line:
+        load(None, [text.replace(" = ", "=", 1)])
+    assert str(on_line.value).startswith(f"--set: {said}")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"dtype": "float"}, "dtype: unknown value 'float'; valid: auto, float32, bfloat16, float16; did you mean"),
+        ({"batch_size": 0}, "batch_size: unknown value 0; valid: auto, at least 1"),
+        ({"dtyp": "auto"}, "unknown key 'dtyp'; valid: device, dtype,"),
+    ],
+)
+def test_what_is_not_valid_of_a_machine_is_named_too(data, said):
+    with pytest.raises(UsageError) as caught:
+        build(Machine, data, "machine")
+    assert str(caught.value).startswith(f"machine: {said}")

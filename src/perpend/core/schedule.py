@@ -20,18 +20,24 @@ CUT = 0.045
 are rounded to bfloat16."""
 
 
+_LENGTH = "must be a finite number of layers or a share such as '53%'"
+
+
 def _as_length(value: object) -> object:
     """Accept 18, 18.5, "18" and "53%"; keep the text form of a share of the depth."""
     if isinstance(value, str):
         text = value.strip()
-        number = float(text.rstrip("%"))
+        try:
+            number = float(text.rstrip("%"))
+        except ValueError:
+            raise ValueError(_LENGTH) from None
         return text if text.endswith("%") else number
     return value
 
 
 def _finite(value: float | str) -> float | str:
     if not math.isfinite(float(str(value).rstrip("%"))):
-        raise ValueError("must be a finite number of layers or a share such as '53%'")
+        raise ValueError(_LENGTH)
     return value
 
 
