@@ -159,6 +159,15 @@ def test_base_card_that_cannot_be_read_gives_a_card_without_a_licence(tmp_path, 
     assert loaded.data.tags == ["directional-ablation", "perpend"]
 
 
+@pytest.mark.parametrize(("sees", "tag"), [(False, "text-generation"), (True, "image-text-to-text")])
+def test_a_base_that_names_no_pipeline_gets_the_one_that_it_has(tmp_path, sees, tag):
+    loaded, _ = card(tmp_path, "---\nlicense: mit\n---\n", replace(FACTS, sees=sees))
+    assert loaded.data.pipeline_tag == tag
+    (tmp_path / "other").mkdir()
+    loaded, _ = card(tmp_path / "other", "---\npipeline_tag: summarization\n---\n", replace(FACTS, sees=sees))
+    assert loaded.data.pipeline_tag == "summarization"
+
+
 def test_hostile_front_matter_stays_data(tmp_path):
     base = '---\nlicense: "mit\\n---\\n# not yours"\ntags: {a: b}\nlanguage: "{{ 7 * 7 }}"\n---\n'
     loaded, text = card(tmp_path, base)

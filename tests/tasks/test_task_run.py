@@ -28,6 +28,7 @@ from perpend.models.memory import release
 from perpend.models.session import Session
 from perpend.refs import ModelRef, Resolved
 from perpend.tasks.apply import apply
+from perpend.tasks.card import card_facts
 from perpend.tasks.fit import fit
 from perpend.tasks.gate import Gate, require_same
 from perpend.tasks.portable import without_folders
@@ -69,7 +70,16 @@ def test_the_card_names_no_folder_and_the_recipe_says_what_was_typed(done, pico_
     assert 'target = "target.txt"' in card
     assert f'id = "{pico_dir("llama").name}"' in card
     assert "between the two prompt sets" in " ".join(card.split())
+    assert "pipeline_tag: text-generation" in card.split("---")[1]
     assert (written.model.id, written.prompts.target) == (str(pico_dir("llama")), str(done[0] / "target.txt"))
+
+
+@pytest.mark.parametrize(("family", "sees"), [("gemma3", True), ("gemma3_text", False)])
+def test_the_card_is_told_whether_the_model_sees(pico_dir, tmp_path, family, sees):
+    session = Session(load_model(pico_dir(family)), MACHINE)
+    gate, export = SimpleNamespace(worst=0.0, leak=()), SimpleNamespace(changed=())
+    facts = card_facts(session, Edit({}), Recipe(), gate, export, tmp_path / "out")
+    assert facts.sees == sees
 
 
 def test_paths_lose_their_folders_and_references_stay(tmp_path):

@@ -120,6 +120,7 @@ class CardFacts:
         judge_detail: Which classifier and revision, agreement; in words.
         command: What to type to make this model again.
         revision: Commit of the base model.
+        sees: It has a vision tower; decides the pipeline tag where the base model's card has none.
         title: Name of the model; that of its folder by default.
         rank: Directions per module.
         schedule: Component → its schedule in words.
@@ -145,6 +146,7 @@ class CardFacts:
     judge_detail: str
     command: str
     revision: str | None = None
+    sees: bool = False
     title: str = ""
     prompts: str = "Prompts held out from fitting and search"
     refusal: bool = True
@@ -218,6 +220,7 @@ def _front_matter(out: Path, base: Mapping[str, Any], facts: CardFacts) -> dict[
     own = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
     data["tags"] = list(dict.fromkeys([*own, *TAGS]))
     data.setdefault("library_name", "transformers")
+    data.setdefault("pipeline_tag", "image-text-to-text" if facts.sees else "text-generation")
     return {"base_model": [facts.base], **data} if facts.on_hub else data
 
 

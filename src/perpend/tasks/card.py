@@ -57,6 +57,7 @@ def card_facts(
         judge_detail=report.judges() if report else "",
         command=f"perpend apply {RECIPE} -o {output.name}",
         revision=source.revision,
+        sees=session.loaded.processor is not None,
         refusal=len(shipped(recipe)) == 2,
         title=output.name,
         rank=rank,
