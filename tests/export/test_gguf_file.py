@@ -174,7 +174,7 @@ def test_nothing_is_written_by_what_fails_and_a_gate_keeps_its_file(tmp_path):
         with pytest.raises(error):
             case.bake(tmp_path / "out.gguf", check=stop if error is GateFailed else fall)
         assert [p.name for p in tmp_path.glob("out*")] == left
-    with pytest.raises(UsageError, match="already exists"):
+    with pytest.raises(UsageError, match="an earlier export stopped here; inspect it"):
         case.bake(tmp_path / "out.gguf")
 
 

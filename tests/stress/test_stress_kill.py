@@ -19,13 +19,16 @@ from pathlib import Path
 import pytest
 
 from perpend.cli.main import main
-from perpend.errors import UsageError
+from perpend.errors import RunFailed, UsageError
+from perpend.export.gguf_file import appearing as files
 from perpend.tasks.journal import journal
-from perpend.tasks.output import appearing
+from perpend.tasks.output import appearing, replace_text
+from perpend.whole import claimed, partial_of, write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-WATCHED = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"})
+CHANGES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+WATCHED = frozenset(CHANGES)
 BRIEF = ("--no-filter", "--layer", "1", "--limit", "3", "--device", "cpu", "--target", "target.txt")
 REPLIES = ("--classifier", "none", "--max-new-tokens", "2", "--set", "eval.drift_tokens=2")
 SETS = ("--set", "eval.control_prompts=0", "--set", "export.gate_prompts=1")
@@ -160,23 +163,101 @@ def held(act: Callable[[], None], ready: Path) -> int:
     return child
 
 
-@pytest.mark.parametrize("kind", ["appearing", "journal"])
+KINDS = {
+    "folder": appearing,
+    "journal": lambda out: journal(out, {"a": 1}, "again"),
+    "gguf": lambda out: files([out.with_name("out-1.gguf"), out]),
+    "text": lambda out: claimed(partial_of(out), anew=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_second_process_on_one_output_is_told_so(tmp_path, kind):
     out, ready = tmp_path / "out", tmp_path / "ready"
-    opened = (lambda: appearing(out)) if kind == "appearing" else (lambda: journal(out, {"a": 1}, "again"))
 
     def wait() -> None:
-        with opened():
+        with KINDS[kind](out):
             ready.touch()
             time.sleep(60)
 
+    def second() -> None:
+        if kind == "text":
+            replace_text(out, "second")
+        else:
+            with KINDS[kind](out):
+                pass
+
     child = held(wait, ready)
+    before = sorted(tmp_path.rglob("*"))
     try:
-        with pytest.raises(UsageError, match="another process is writing this output"), opened():
-            pass
+        with pytest.raises(UsageError, match="another process is writing this output"):
+            second()
+        assert sorted(tmp_path.rglob("*")) == before  # nothing of the first was removed
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if kind == "journal":  # what a killed process left is gone on with
-        with opened() as kept:
+        with KINDS[kind](out) as kept:
             assert json.loads((kept.folder / "key.json").read_text()) == {"a": 1}
+    elif kind == "text":  # or taken over
+        second()
+        assert out.read_text() == "second"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "ready"]
+    else:  # or inspected
+        with pytest.raises(UsageError, match=r"stopped here; inspect it, then remove it; try: rm .*partial"):
+            second()
+
+
+def test_a_file_that_appeared_meanwhile_stays_as_it_is(tmp_path):
+    first, last = tmp_path / "out-1", tmp_path / "out-2"
+
+    def late() -> None:
+        with files([first, last]) as partial:
+            for path in partial:
+                path.write_text("ours")
+            last.write_text("theirs")
+
+    with pytest.raises(RunFailed, match=r"out-2\.partial: cannot be renamed to out-2, which appeared meanwhile"):
+        late()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "out-1.partial": "ours",
+        "out-2.partial": "ours",
+        "out-2": "theirs",
+    }
+    with pytest.raises(UsageError, match="out-2: already exists"):
+        write_file(last, b"ours", replace=False)
+    assert last.read_text() == "theirs"
+
+
+def test_files_appear_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    write_file(tmp_path / "a", b"1", replace=False)
+    with pytest.raises(UsageError, match="already exists"):
+        write_file(tmp_path / "a", b"2", replace=False)
+    with pytest.raises(RunFailed, match="appeared meanwhile"), files([tmp_path / "b", tmp_path / "c"]):
+        (tmp_path / "c").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b.partial", "c", "c.partial"]
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_many_processes_on_one_file_leave_the_work_of_one_whole(tmp_path):
+    children = []
+    for k in range(8):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                write_file(tmp_path / "out", bytes([65 + k]) * 300_000, replace=False)
+                code = 0
+            except UsageError:
+                pass
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes.count(0) == 1
+    assert (tmp_path / "out").read_bytes() == bytes([65 + codes.index(0)]) * 300_000
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

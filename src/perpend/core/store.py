@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perpend.errors import UsageError
+from perpend.whole import write_file
 
 KEY = "perpend"
 """The one metadata key; several would be written in no fixed order."""
@@ -24,25 +24,18 @@ def canonical(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
-def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+def write(
+    path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, replace: bool = True
+) -> None:
     """Write tensors and JSON content as `path`; until it is complete it is called `path` + `.partial`.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        UsageError: the folder cannot be written to, the file is there and not to be replaced, or another process is
+            writing it.
     """
-    path = Path(path)
     header = {KEY: canonical({"kind": kind, "version": VERSION, "content": content})}
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from None
+    write_file(Path(path), data, replace=replace)
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,6 @@ file stays in its order and at its offsets.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from perpend.errors import RunFailed, UsageError
+from perpend.errors import GateFailed, RunFailed, UsageError
 from perpend.models.gguf import Layout, TensorInfo, layout
 from perpend.models.headers import read_range
+from perpend.whole import Taken, claimed, flush, name_all, occupied, partial_of
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _CHUNK = 8 << 20
@@ -94,7 +94,7 @@ def write(source: Layout, target: Path, replaced: Mapping[str, Replacement], add
 
     Args:
         source: The original.
-        target: File to make.
+        target: File to write.
         replaced: By tensor name.
         added: Keys and texts; none of them in the source.
 
@@ -102,7 +102,7 @@ def write(source: Layout, target: Path, replaced: Mapping[str, Replacement], add
         RunFailed: the file cannot be written, or the source changed meanwhile.
     """
     try:
-        with target.open("xb") as file:
+        with target.open("wb") as file:
             data = file.write(_header(source, replaced, added))
             for tensor in source.tensors.values():
                 file.write(b"\0" * (-(file.tell() - data) % source.alignment))
@@ -115,8 +115,6 @@ def write(source: Layout, target: Path, replaced: Mapping[str, Replacement], add
                     raise RunFailed(f"{len(made)} bytes for {own.nbytes}", where=tensor.name)
                 file.write(made)
             file.write(b"\0" * (-(file.tell() - data) % source.alignment))
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise RunFailed(f"cannot be written: {error.strerror}", where=str(target)) from error
 
@@ -161,33 +159,35 @@ def require_absent(files: Sequence[Path]) -> list[Path]:
     Raises:
         UsageError: one of them is there already, under either name.
     """
-    partial = [file.with_name(file.name + ".partial") for file in files]
-    for path in (*files, *partial):
+    partial = [partial_of(file) for file in files]
+    for path in files:
         if path.exists():
             raise UsageError("already exists", where=str(path), hint="choose another -o/--output, or remove it")
+    for path in partial:
+        if path.exists():
+            raise occupied(path)
     return partial
 
 
 @contextmanager
 def appearing(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """Give a `.partial` file name for each file; rename all when the block ends well.
+    """Give a `.partial` file for each file, empty and held for this process; name all when the block ends well.
 
     What a failure leaves is kept only if it says so: a gate that fails keeps the files for inspection.
 
     Raises:
-        UsageError: one of them is there already.
+        UsageError: one of them is there already, or another process is writing it.
+        RunFailed: one of them appeared meanwhile.
     """
-    from perpend.errors import GateFailed
-
     partial = require_absent(files)
-    files[0].absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        files[0].absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(files[0])) from None
     with ExitStack() as stack:
         for path in partial:
-            stack.callback(path.unlink, missing_ok=True)
-        try:
-            yield partial
-        except GateFailed:
-            stack.pop_all()
-            raise
-        for path, file in zip(partial, files, strict=True):
-            path.rename(file)
+            stack.enter_context(claimed(path, anew=True, kept=(GateFailed, Taken)))
+        yield partial
+        for path in partial:
+            flush(path)
+        name_all(partial, files)

@@ -10,11 +10,7 @@ from pathlib import Path
 
 from perpend.errors import RunFailed, UsageError
 from perpend.units import size
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where a stale folder cannot be told from one that is being written
-    fcntl = None  # type: ignore[assignment]
+from perpend.whole import being_written, flush, lock, occupied, partial_of
 
 HEADROOM = 64 << 20
 """Free disk space asked for beyond the copied bytes: card, recipe, report."""
@@ -57,27 +53,27 @@ def staged(out: Path, need: int) -> Iterator[Path]:
         RunFailed: `out` was filled by somebody else meanwhile.
     """
     require_space(out, need)
-    unfinished = out.with_name(out.name + ".partial")
+    unfinished = partial_of(out)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:
         unfinished.mkdir()
     except FileExistsError:
-        raise _occupied(unfinished) from None
-    lock = _lock(unfinished, wait=True)
+        raise occupied(unfinished) from None
+    held = lock(unfinished, wait=True)
     try:
         yield unfinished
         for root, _, names in os.walk(unfinished):
             for name in (*names, ""):
-                _fsync(Path(root) / name)
+                flush(Path(root) / name)
         try:
             os.rename(unfinished, out)
         except OSError as error:
             reason = f"cannot be renamed to {out.name}: {error.strerror}; the finished files are kept"
             raise RunFailed(reason, where=str(unfinished)) from None
-        _fsync(out.parent)
+        flush(out.parent)
     finally:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 @contextmanager
@@ -88,56 +84,11 @@ def alone(folder: Path) -> Iterator[None]:
         UsageError: another process holds it.
     """
     try:
-        held = _lock(folder, wait=False)
+        held = lock(folder, wait=False)
     except BlockingIOError:
-        raise _being_written(folder) from None
+        raise being_written(folder) from None
     try:
         yield
     finally:
         if held is not None:
             os.close(held)
-
-
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """Lock a folder; None where that is not possible.
-
-    Raises:
-        BlockingIOError: locked by another process and `wait` is false.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _occupied(partial: Path) -> UsageError:
-    """Say whether an existing `.partial` is being written or was left behind, and what to do."""
-    try:
-        descriptor = _lock(partial, wait=False)
-    except BlockingIOError:
-        return _being_written(partial)
-    except OSError:
-        return UsageError("is in the way", where=str(partial), hint=f"rm -r {partial}")
-    if descriptor is not None:
-        os.close(descriptor)
-    return UsageError(
-        "an earlier export stopped here; inspect it, then remove it", where=str(partial), hint=f"rm -r {partial}"
-    )
-
-
-def _being_written(folder: Path) -> UsageError:
-    hint = "wait for it or choose another folder"
-    return UsageError("another process is writing this output", where=str(folder), hint=hint)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,7 +29,7 @@ from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Asked, Gate, pass_gate, reference
 from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
 from perpend.tasks.outcome import outcome_json
-from perpend.tasks.output import partial_of, require_free, require_no_partial
+from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import (
     EDIT,
@@ -45,6 +45,7 @@ from perpend.tasks.recipes import (
 from perpend.tasks.setup import as_stored, open_panel, open_session, open_splits, require_fitting
 from perpend.tasks.space import require_room
 from perpend.tasks.undo import Undone, take_back
+from perpend.whole import partial_of
 
 
 @dataclass(frozen=True)

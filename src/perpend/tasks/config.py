@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from perpend.config import METHODS, MODES, RULES, Machine, Recipe, keys, load, to_toml
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError
-from perpend.tasks.output import replace_text
+from perpend.whole import write_file
 
 _SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
 _DESCRIBED = {"fit.method": METHODS, "fit.choice": RULES, "edit.mode": MODES}
@@ -91,7 +91,7 @@ def config_init(output: Path | None = None, *, recipe: Recipe | None = None) -> 
     if output is not None:
         if output.exists():
             raise UsageError("the file exists", where=str(output), hint=f"-o {output.with_stem(output.stem + '-2')}")
-        replace_text(output, text)
+        write_file(output, text.encode("utf-8"), replace=False)
     return RecipeText(recipe, text, output=output)
 
 

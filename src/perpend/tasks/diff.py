@@ -69,7 +69,7 @@ def diff(
     )
     wrote = None
     if output is not None and (edit := recovered(found, base, other)) is not None:
-        edit.save(output)
+        edit.save(output, replace=False)
         wrote = str(output)
     return Diff(base, other, third, found, wrote, round(time.monotonic() - started, 1))
 

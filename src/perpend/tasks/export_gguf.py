@@ -160,19 +160,18 @@ class _Work:
     def convert(self, made: GgufExport, steps: Sequence[Sequence[str]]) -> GgufExport:
         """Call llama.cpp, add provenance, and measure the weight factors where the original is here."""
         converted = _converted(self.output)
-        self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        try:
-            call(steps)
-            raw = layout(converted)
-            with appearing([self.output]) as (partial,):
+        with appearing([self.output]) as (partial,):
+            try:
+                call(steps)
+                raw = layout(converted)
                 write(raw, partial, {}, text_pairs(raw, self.said))
-                after = layout(partial)
-                leak = self._leak([after], plan([after], self.edit, self.anatomy))
-            types = Counter(tensor.type for tensor in after.tensors.values())
-            return replace(made, types=types, leak=tuple(leak))
-        finally:
-            for path in (converted, converted.with_name(f"{converted.name}.bf16")):
-                path.unlink(missing_ok=True)
+            finally:
+                for path in (converted, converted.with_name(f"{converted.name}.bf16")):
+                    path.unlink(missing_ok=True)
+            after = layout(partial)
+            leak = self._leak([after], plan([after], self.edit, self.anatomy))
+        types = Counter(tensor.type for tensor in after.tensors.values())
+        return replace(made, types=types, leak=tuple(leak))
 
     def _leak(self, after: Sequence[Any], changes: list[Change]) -> list[LeakRow]:
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perpend.errors import RunFailed, UsageError
+from perpend.whole import partial_of, write_file
 
 ANOTHER = "choose another -o/--output"
 
@@ -67,24 +68,13 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def partial_of(out: Path) -> Path:
-    """Return what an output is called until it is complete."""
-    return out.with_name(out.name + ".partial")
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that appears whole, in the place of an older one if there is one.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or another process is writing it.
     """
-    partial = partial_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from None
+    write_file(path, text.encode("utf-8"), replace=True)
 
 
 @contextmanager

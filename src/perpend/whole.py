@@ -1,0 +1,203 @@
+"""Files that appear whole, each written by one process: `NAME.partial` under a lock, flushed, then named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from perpend.errors import RunFailed, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what was left behind cannot be told from what is being written
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".partial"
+
+
+def partial_of(path: Path) -> Path:
+    """Return what an output is called until it is complete."""
+    return path.with_name(path.name + SUFFIX)
+
+
+def lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a file or folder until the descriptor that is returned is closed; None where that is not possible.
+
+    Raises:
+        BlockingIOError: locked by another process and `wait` is false.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def being_written(path: Path) -> UsageError:
+    """Say that another process is at work there."""
+    hint = "wait for it or choose another -o/--output"
+    return UsageError("another process is writing this output", where=str(path), hint=hint)
+
+
+def occupied(partial: Path) -> UsageError:
+    """Say whether an existing `.partial` is being written or was left behind, and what to do."""
+    remove = f"rm {'-r ' if partial.is_dir() else ''}{partial}"
+    try:
+        descriptor = lock(partial, wait=False)
+    except BlockingIOError:
+        return being_written(partial)
+    except OSError:
+        return UsageError("is in the way", where=str(partial), hint=remove)
+    if descriptor is not None:
+        os.close(descriptor)
+    return UsageError("an earlier export stopped here; inspect it, then remove it", where=str(partial), hint=remove)
+
+
+@contextmanager
+def claimed(partial: Path, *, anew: bool, kept: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Make an empty `.partial` file and hold it for this process; at the end it is removed unless it was renamed.
+
+    Args:
+        partial: File to make.
+        anew: Refuse one that is there. Otherwise what a killed process left is taken over.
+        kept: Failures of the block that leave the file for inspection.
+
+    Raises:
+        UsageError: one is there, it cannot be made, or another process is writing it.
+    """
+    try:
+        descriptor = _hold(partial, anew)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(partial)) from None
+    try:
+        yield
+    except kept:
+        raise
+    except BaseException:
+        _remove(partial, descriptor)
+        raise
+    else:
+        _remove(partial, descriptor)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _hold(partial: Path, anew: bool) -> int | None:
+    """Return the lock of an empty file, which it makes."""
+    while True:
+        try:
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | (os.O_EXCL if anew else 0), 0o666))
+            descriptor = lock(partial, wait=anew)
+        except FileExistsError:
+            raise occupied(partial) from None
+        except BlockingIOError:
+            raise being_written(partial) from None
+        except FileNotFoundError:
+            if not partial.parent.is_dir():
+                raise
+            continue  # its writer was done in between
+        if descriptor is None or _still(partial, descriptor):
+            os.truncate(partial, 0)
+            return descriptor
+        os.close(descriptor)
+
+
+def _remove(partial: Path, descriptor: int | None) -> None:
+    """Remove a file unless it was renamed, and never one that another process has made since."""
+    if descriptor is None or _still(partial, descriptor):
+        partial.unlink(missing_ok=True)
+
+
+def _still(path: Path, descriptor: int) -> bool:
+    """Say whether a name still stands for an open file, rather than for one that was put in its place."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+class Taken(RunFailed):
+    """Somebody else made the output meanwhile."""
+
+
+def name_all(partial: Sequence[Path], files: Sequence[Path]) -> None:
+    """Give complete files their names.
+
+    Raises:
+        Taken: one of the names is; what has it stays as it is, and so do the `.partial` files.
+    """
+    done: list[tuple[Path, Path]] = []
+    for path, file in zip(partial, files, strict=True):
+        try:
+            _name(path, file)
+        except FileExistsError:
+            for first, second in done:
+                second.unlink() if first.exists() else second.rename(first)
+            reason = f"cannot be renamed to {file.name}, which appeared meanwhile; the finished file is kept"
+            raise Taken(reason, where=str(path)) from None
+        done.append((path, file))
+    for path in partial:
+        path.unlink(missing_ok=True)
+    flush(files[0].absolute().parent)
+
+
+def _name(partial: Path, file: Path) -> None:
+    """Give a file another name, which may not be taken; without hard links it loses its own.
+
+    Raises:
+        FileExistsError: it is taken.
+    """
+    try:
+        os.link(partial, file)
+    except FileExistsError:
+        raise
+    except OSError:
+        if file.exists():
+            raise FileExistsError from None
+        partial.rename(file)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    if path.is_dir() and os.name == "nt":  # where a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write a file that appears whole; what a killed process left of it is taken over.
+
+    Args:
+        path: File to make.
+        data: Its content.
+        replace: Put it in the place of one that is there.
+
+    Raises:
+        UsageError: it is there and is not to be replaced, cannot be written, or another process is writing it.
+    """
+    partial = partial_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(partial, anew=False):
+            partial.write_bytes(data)
+            flush(partial)
+            if replace:
+                os.replace(partial, path)
+                flush(path.absolute().parent)
+            else:
+                name_all([partial], [path])
+    except Taken:
+        raise UsageError("already exists", where=str(path), hint="choose another -o/--output, or remove it") from None
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path)) from None
