@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from export_cases import an_edit, load, snapshot
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import pico
 from perpend.core.edits import edit_weight
@@ -16,7 +19,7 @@ from perpend.core.maps import ModuleEdit
 from perpend.errors import RunFailed, UsageError
 from perpend.export.checkpoint import Checkpoint
 from perpend.export.shards import bake, plan
-from perpend.export.undo import UNDO, invert, keep, require_invertible, restore
+from perpend.export.undo import UNDO, _squeezed, invert, keep, require_invertible, restore
 from perpend.models.anatomy import Anatomy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,3 +114,50 @@ def test_what_cannot_be_inverted_is_named():
         require_invertible({"a.b": ModuleEdit(v, 0.5, "row")})
     with pytest.raises(UsageError, match=r"weight factor 1: nothing of the direction is left"):
         require_invertible({"a.b": ModuleEdit(v, 1.0)})
+
+
+def kept_as(folder: Path, change) -> None:
+    """Change what is kept in an edited folder."""
+    with safe_open(folder / UNDO, framework="pt") as file:
+        content = json.loads(file.metadata()["undo"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(content, tensors)
+    save_file(tensors, folder / UNDO, metadata={"undo": json.dumps(content)})
+
+
+HOSTILE = {
+    "a file above": lambda content, _: content["files"].append("../stolen"),
+    "a file from the root": lambda content, _: content["files"].append("/stolen"),
+    "a file further above": lambda content, _: content["files"].append("a/../../stolen"),
+    "a file that is no name": lambda content, _: content["files"].append(7),
+    "a piece of another file": lambda content, _: content["pieces"][0].update(shard="../stolen"),
+    "a piece of no file": lambda content, _: content["pieces"][0].pop("shard"),
+    "a piece beyond the end": lambda content, _: content["pieces"][0].update(end=1 << 60),
+    "a piece before the beginning": lambda content, _: content["pieces"][0].update(begin=-1),
+    "a piece of another shape": lambda content, _: content["pieces"][0].update(shape=[1 << 40, 3]),
+    "a piece of unknown numbers": lambda content, _: content["pieces"][0].update(dtype="X9"),
+    "a hash of another file": lambda content, _: content["sha256"].update({"../stolen": "00"}),
+    "no pieces": lambda content, _: content.pop("pieces"),
+    "a list for files": lambda content, _: content.update(files=7),
+    "no numbers": lambda _, tensors: tensors.pop("0.fix"),
+    "other numbers": lambda _, tensors: tensors.update({"0.fix": torch.zeros(9, dtype=torch.uint8)}),
+    "a file that swells": lambda _, tensors: tensors.update({"file.README.md": _squeezed(bytes(65 << 20))}),
+    "corrections that swell": lambda _, tensors: tensors.update({"0.fix": _squeezed(bytes(65 << 20))}),
+    "a file cut short": lambda _, tensors: tensors.update({"file.README.md": _squeezed(b"text")[:-3].clone()}),
+}
+
+
+def test_kept_numbers_of_a_stranger_are_one_line_and_write_nothing_elsewhere(tmp_path):
+    _, out, _ = edited(tmp_path, "llama", torch.bfloat16)
+    sound = (out / UNDO).read_bytes()
+    (tmp_path / "stolen").write_text("not ours")
+    for name, change in HOSTILE.items():
+        (out / UNDO).write_bytes(sound)
+        kept_as(out, change)
+        target = tmp_path / name / "again"
+        target.mkdir(parents=True)
+        with pytest.raises(UsageError, match=r"original\.undo: not what Perpend kept") as caught:
+            restore(out, target)
+        assert len(str(caught.value)) < 1000, name
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["again"], name
+    assert (tmp_path / "stolen").read_text() == "not ours"

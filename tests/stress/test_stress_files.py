@@ -1,4 +1,4 @@
-"""Recipes, prompts and checkpoints that are malformed, huge or hostile: one line each, and bounded memory."""
+"""Whatever is read that is malformed, huge or hostile: one line each, and bounded memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hostile import damaged, little_memory, outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
 
 import perpend.config as config
 import perpend.data as data
 from perpend.config import Recipe, load
+from perpend.core.directions import Directions
+from perpend.core.edits import Edit, ModuleEdit
 from perpend.data import PromptSet, load_prompts
 from perpend.errors import UsageError
 from perpend.models.gguf import Layout, layout
 from perpend.models.headers import read_header
 from perpend.tasks.config import commented
+from perpend.tasks.pages import WrittenPage, write_report
+from perpend.tasks.recipes import beside, read_recipe
+from perpend.tasks.vector import vector
 
 often = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DEEP = 100_000
@@ -282,3 +290,132 @@ def test_the_sound_one_is_read(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "m.gguf").write_bytes(SOUND)
     assert {name: t.shape for name, t in layout(tmp_path / "m.gguf").tensors.items()} == {"a": (2, 4), "b": (8,)}
+
+
+# ---------------------------------------------------------------------------------------------- edits and directions
+
+EDIT = Edit({"a.down_proj": ModuleEdit(torch.eye(4)[:1], 1.5, "column")}, {"model": "m"})
+DIRECTIONS = Directions(torch.eye(4)[None, :1], torch.ones(1), torch.zeros(1, 4), torch.ones(1, 4)).with_diagnostics(
+    d=[1]
+)
+
+
+def stored(made: Edit | Directions, path: Path) -> tuple[bytes, str, dict[str, torch.Tensor]]:
+    """Return the bytes of a file, its JSON and its tensors."""
+    made.save(path)
+    with safe_open(path, framework="pt") as file:
+        return path.read_bytes(), file.metadata()["perpend"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@often
+@given(st.data(), st.sampled_from([EDIT, DIRECTIONS]), st.booleans())
+def test_a_damaged_edit_or_direction_is_one_line_or_sound(tmp_path, data, made, inside):
+    path = tmp_path / "made.safetensors"
+    whole, about, tensors = stored(made, path)
+    if inside:
+        text = data.draw(damaged(about.encode())).decode("utf-8", "replace")
+        path.write_bytes(save(tensors, {"perpend": text}))
+    else:
+        path.write_bytes(data.draw(damaged(whole)))
+    found = outcome(lambda: type(made).load(path))
+    assert isinstance(found, type(made) | UsageError)
+    if isinstance(found, UsageError):
+        assert "made.safetensors" in str(found)
+    else:
+        found.save(tmp_path / "again.safetensors")
+        assert isinstance(type(made).load(tmp_path / "again.safetensors"), type(made))
+
+
+def changed(about: str, key: str, value: str) -> str:
+    """Put raw JSON in the place of a key of the content; the key may be dotted."""
+    data = json.loads(about)
+    at = data
+    *above, last = key.split(".")
+    for name in above:
+        at = at[name] if name != "*" else next(iter(at.values()))
+    at[last] = "HERE"
+    return json.dumps(data).replace('"HERE"', value)
+
+
+HOSTILE = ("[]", "{}", "null", "7", '"x"', "[[1]]", '{"a": 1}', "9" * 5000, "1" + "0" * 400, "NaN", "1e999",
+           "[" * DEEP + "]" * DEEP, '"' + "x" * 100_000 + '"')  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "key"),
+    [
+        *((EDIT, f"content{key}") for key in ("", ".modules", ".provenance", ".modules.*", ".modules.*.directions")),
+        *((EDIT, f"content.modules.*.{key}") for key in ("weight", "mode")),
+        *((DIRECTIONS, f"content{key}") for key in ("", ".method", ".diagnostics", ".diagnostics.d", ".provenance")),
+        *((made, key) for made in (EDIT, DIRECTIONS) for key in ("kind", "version")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_hostile_content_of_an_edit_or_direction(tmp_path, made, key):
+    path = tmp_path / "made.safetensors"
+    _, about, tensors = stored(made, path)
+    refused = 0
+    for value in HOSTILE:
+        path.write_bytes(save(tensors, {"perpend": changed(about, key, value)}))
+        with little_memory():
+            found = outcome(lambda: type(made).load(path))
+        assert isinstance(found, type(made) | UsageError), value[:20]
+        if isinstance(found, UsageError):
+            assert "made.safetensors" in str(found)
+            refused += 1
+        else:
+            found.save(tmp_path / "again.safetensors")
+    assert refused >= 3
+
+
+@pytest.mark.parametrize("about", HOSTILE, ids=lambda text: text[:8])
+def test_hostile_metadata_of_an_edit(tmp_path, about):
+    path = tmp_path / "made.safetensors"
+    path.write_bytes(save({"a": torch.eye(2)}, {"perpend": about}))
+    for made in (Edit, Directions):
+        assert isinstance(outcome(lambda made=made: made.load(path)), UsageError)
+
+
+@pytest.mark.parametrize("made", [EDIT, DIRECTIONS], ids=["edit", "directions"])
+def test_tensors_that_are_not_those_of_an_edit_or_direction(tmp_path, made):
+    path = tmp_path / "made.safetensors"
+    _, about, tensors = stored(made, path)
+    for name, tensor in tensors.items():
+        for other in (None, tensor.long(), tensor.to(torch.complex64), tensor[..., None], tensor[:0], tensor.double()):
+            new = {key: value for key, value in tensors.items() if key != name}
+            path.write_bytes(save(new | ({} if other is None else {name: other.contiguous()}), {"perpend": about}))
+            found = outcome(lambda: type(made).load(path))
+            assert isinstance(found, UsageError) != (other is not None and other.dtype == torch.float64), other
+            assert not isinstance(found, UsageError) or "made.safetensors" in str(found)
+
+
+# ------------------------------------------------------------------------------------- recipes beside an edit, reports
+
+
+@pytest.mark.parametrize("result", ['"edit"', "7", "[]", '["edit"]', "true", "{edit = 1}", '{edit = "../edit"}'])
+def test_a_result_that_is_none_in_the_recipe_beside_an_edit(tmp_path, result):
+    EDIT.save(tmp_path / "edit.safetensors")
+    (tmp_path / "recipe.toml").write_text(f"result = {result}\n", encoding="utf-8")
+    assert isinstance(outcome(lambda: read_recipe(tmp_path / "recipe.toml")), UsageError)
+    assert outcome(lambda: beside(tmp_path, EDIT)) is None or "recipe.toml" in str(
+        outcome(lambda: beside(tmp_path, EDIT))
+    )
+
+
+@pytest.mark.parametrize("name", ["report.json", "demo.json", "bench.json", "front.json"])
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:8])
+def test_hostile_reports(tmp_path, name, text):
+    if name == "front.json":
+        (tmp_path / "report.json").write_text('{"task": "fit"}')
+    for held in (text, f'{{"task": "fit", "run": {text}, "bench": {text}, "front": {text}, "fit": {text}}}'):
+        (tmp_path / name).write_text(held)
+        found = outcome(lambda: write_report(tmp_path, dry_run=True))
+        assert isinstance(found, WrittenPage | UsageError)
+
+
+@pytest.mark.parametrize("layer", [*HOSTILE, "-1", "1e9"], ids=lambda text: text[:8])
+def test_a_layer_that_is_none_in_the_report_of_a_fit(tmp_path, layer):
+    DIRECTIONS.save(tmp_path / "directions.safetensors")
+    (tmp_path / "report.json").write_text(f'{{"fit": {{"layer": {layer}}}}}')
+    found = outcome(lambda: vector(tmp_path, output=tmp_path / "v.gguf", dry_run=True))
+    assert isinstance(found, UsageError)

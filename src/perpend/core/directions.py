@@ -150,16 +150,23 @@ class Directions:
         Raises:
             UsageError: no such file, or no directions in it.
         """
-        tensors, content = store.read(path, "directions")
-        return cls(
+        return store.read(path, "directions", cls._built)
+
+    @classmethod
+    def _built(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Directions:
+        if content["method"] not in get_args(Method):
+            raise ValueError(f"method {content['method']}")
+        made = cls(
             vectors=tensors["vectors"],
             raw_norm=tensors["raw_norm"],
             baseline_mean=tensors["baseline_mean"],
             target_mean=tensors["target_mean"],
             method=content["method"],
-            diagnostics=content["diagnostics"],
-            provenance=content["provenance"],
+            provenance=dict(content["provenance"]),
         )
+        if 0 in made.vectors.shape or tuple(made.raw_norm.shape) != (made.n_layers,):
+            raise ValueError(f"vectors {list(made.vectors.shape)} with norms {list(made.raw_norm.shape)}")
+        return made.with_diagnostics(**content["diagnostics"])
 
 
 def biproject(directions: Tensor, baseline_mean: Tensor) -> Tensor:

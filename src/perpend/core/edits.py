@@ -108,9 +108,12 @@ class Edit:
         Raises:
             UsageError: no such file, or no edit in it.
         """
-        tensors, content = store.read(path, "edit")
+        return store.read(path, "edit", cls._built)
+
+    @classmethod
+    def _built(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Edit:
         modules = {
             name: ModuleEdit(tensors[part["directions"]], part["weight"], part["mode"])
             for name, part in content["modules"].items()
         }
-        return cls(modules, content["provenance"])
+        return cls(modules, dict(content["provenance"]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -17,6 +18,10 @@ from perpend.whole import write_file
 KEY = "perpend"
 """The one metadata key; several would be written in no fixed order."""
 VERSION = 1
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a reader meets in content that is not what it takes it for; nesting without end is a RuntimeError."""
+
+Artefact = TypeVar("Artefact")
 
 
 def canonical(content: Mapping[str, Any]) -> str:
@@ -38,22 +43,49 @@ def write(
     write_file(Path(path), data, replace=replace)
 
 
-def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors, on the CPU, and the content that `write` stored as `kind`.
+def read(path: str | Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, Any]], Artefact]) -> Artefact:
+    """Read what `write` stored as `kind`.
+
+    Args:
+        path: The file, which anybody may have made.
+        kind: What it must hold.
+        build: Makes the artefact of the tensors, float32 on the CPU, and the content; what it stumbles over is told
+            as an error of the file.
 
     Raises:
         UsageError: no such file, or it holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError("no such file", where=str(path))
+    where = str(path)
+    if not os.path.isfile(path):
+        raise UsageError("no such file", where=where)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UsageError(f"not a whole safetensors file: {error}", where=str(path)) from None
-    if header.get("kind") != kind or header.get("version") != VERSION:
-        found = f"{header['kind']} (format {header.get('version')})" if "kind" in header else "other tensors"
-        raise UsageError(f"holds {found}", where=str(path), valid=f"{kind} (format {VERSION}) written by perpend")
-    return tensors, dict(header["content"])
+            _require(header, kind, where)
+            tensors = {name: _floats(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return build(tensors, dict(header["content"]))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UsageError(f"not a whole safetensors file: {_short(error)}", where=where) from None
+    except UsageError as error:
+        raise error if error.where else UsageError(_short(error), where=where) from None
+    except _STUMBLES as error:
+        raise UsageError(f"holds no whole {kind}: {type(error).__name__} {_short(error)}", where=where) from None
+
+
+def _require(header: Any, kind: str, where: str) -> None:
+    """Refuse what is not of this kind and format."""
+    facts = header if isinstance(header, dict) else {}
+    if facts.get("kind") == kind and facts.get("version") == VERSION:
+        return
+    found = f"{facts['kind']} (format {facts.get('version')})"[:200] if "kind" in facts else "other tensors"
+    raise UsageError(f"holds {found}", where=where, valid=f"{kind} (format {VERSION}) written by perpend")
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{tensor.dtype} for numbers")
+    return tensor.float()
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:200]

@@ -17,9 +17,9 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,10 @@ UNDO = "original.undo"
 FORM = "1"
 REPLACED = (CARD, "NOTICE")
 """Files of the original that an export may write anew; they are kept whole."""
+MAX_FILE = 64 << 20
+"""Bytes that one of them may have."""
+_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
+"""What is met in kept numbers that Perpend did not write."""
 
 
 @dataclass(frozen=True)
@@ -135,45 +139,71 @@ def restore(edited: Path, out: Path) -> tuple[int, dict[str, str]]:
         How many tensors were restored, and files of the original that the edited folder never had, with the reason.
 
     Raises:
-        UsageError: the kept numbers cannot be read.
+        UsageError: the kept numbers cannot be read, or are not what Perpend keeps.
         RunFailed: a file does not come out as it was; says which.
     """
     path = edited / UNDO
+    content, tensors = _read(path)
+    try:
+        for name in _within(content):
+            target = out / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if f"file.{name}" in tensors:
+                target.write_bytes(_expanded(tensors[f"file.{name}"], MAX_FILE))
+            elif not (edited / name).is_file():
+                raise RunFailed("missing file: the edited folder is not whole", where=str(edited / name))
+            else:
+                shutil.copyfile(edited / name, target)
+        for number, piece in enumerate(track(content["pieces"], "restore")):
+            own = {
+                name: tensors[key]
+                for name in ("write", "read", "in", "out", "fix")
+                if (key := f"{number}.{name}") in tensors
+            }
+            _restore(out / piece["shard"], piece, own)
+        for name, wanted in content["sha256"].items():
+            if digest(out / name) != wanted:
+                raise RunFailed(
+                    "does not come out as the original was: the edited files are not those that were kept with it",
+                    where=str(edited / name),
+                )
+        return len({piece["tensor"] for piece in content["pieces"]}), dict(content["left_out"])
+    except _STUMBLES as error:
+        raise UsageError(f"not what Perpend kept: {type(error).__name__} {str(error)[:200]}", where=str(path)) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {}).get("undo", "{}"))
-            if content.get("form") != FORM:
+            if not isinstance(content, dict) or content.get("form") != FORM:
                 raise UsageError("not a file that Perpend kept", where=str(path), valid=f"form {FORM}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"cannot be read: {str(error).splitlines()[0]}", where=str(path)) from None
-    for name in content["files"]:
-        target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if f"file.{name}" in tensors:
-            target.write_bytes(zlib.decompress(tensors[f"file.{name}"].numpy().tobytes()))
-        elif not (edited / name).is_file():
-            raise RunFailed("missing file: the edited folder is not whole", where=str(edited / name))
-        else:
-            shutil.copyfile(edited / name, target)
-    for number, piece in enumerate(track(content["pieces"], "restore")):
-        own = {
-            name: tensors[key]
-            for name in ("write", "read", "in", "out", "fix")
-            if (key := f"{number}.{name}") in tensors
-        }
-        _restore(out / piece["shard"], piece, own)
-    for name, wanted in content["sha256"].items():
-        if digest(out / name) != wanted:
-            raise RunFailed(
-                "does not come out as the original was: the edited files are not those that were kept with it",
-                where=str(edited / name),
-            )
-    return len({piece["tensor"] for piece in content["pieces"]}), dict(content["left_out"])
+            return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot be read: {str(error)[:200]}", where=str(path)) from None
+
+
+def _within(content: Mapping[str, Any]) -> list[str]:
+    """Return the files to make, all of them inside the folder: whoever made the edited one chose the names.
+
+    Raises:
+        ValueError: one lies elsewhere, or a piece is of none of them.
+    """
+    names = list(content["files"])
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or any(x in name for x in "\\\0:"):
+            raise ValueError(f"a file outside the folder: {name}")
+    for name in (*(piece["shard"] for piece in content["pieces"]), *content["sha256"]):
+        if name not in names:
+            raise ValueError(f"{name} is no file of the original")
+    return names
 
 
 def _restore(path: Path, piece: dict[str, Any], own: dict[str, Tensor]) -> None:
     """Overwrite one matrix or bias of a copied file with its original."""
+    if not 0 <= piece["begin"] <= piece["end"] <= path.stat().st_size:
+        raise ValueError(f"bytes {piece['begin']} to {piece['end']} of {path.name}")
     data = read_range(path, piece["begin"], piece["end"])
     stored = torch.frombuffer(data, dtype=TORCH_DTYPES[piece["dtype"]]).view(piece["shape"])
     tensor = _matrix(stored.T if piece["transposed"] else stored)
@@ -239,7 +269,7 @@ def _corrections(original: Tensor, guess: Tensor) -> tuple[Tensor, int]:
 
 def _corrected(guess: Tensor, fix: Tensor) -> Tensor:
     """Return the original: the guess with its corrections."""
-    data = np.frombuffer(zlib.decompress(fix.numpy().tobytes()), np.uint8).reshape(2, 8, -1)
+    data = np.frombuffer(_expanded(fix, 16 * guess.numel()), np.uint8).reshape(2, 8, -1)
     gaps, signed = (np.ascontiguousarray(planes.T).view("<i8").flatten() for planes in data)
     places = torch.from_numpy(np.cumsum(gaps + 1) - 1)
     steps = torch.from_numpy(np.where(signed % 2, -(signed + 1) // 2, signed // 2))
@@ -255,6 +285,15 @@ def _planes(numbers: Tensor) -> bytes:
 
 def _squeezed(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(zlib.compress(data, 9), np.uint8).copy())
+
+
+def _expanded(squeezed: Tensor, most: int) -> bytes:
+    """Return bytes that were compressed, of which there may not be more than `most`."""
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(squeezed.numpy().tobytes(), most + 1)
+    if len(data) > most or not unpacker.eof:
+        raise ValueError(f"compressed bytes that end early or are more than {most}")
+    return data
 
 
 def digest(path: Path) -> str:

@@ -62,7 +62,10 @@ def write_report(folder: Path, *, output: Path | None = None, dry_run: bool = Fa
         hint = "perpend eval MODEL --edit EDIT -o OUT"
         raise UsageError("holds no report", where=str(folder), valid=f"a folder with {REPORT}", hint=hint)
     data = _json(folder / name)
-    document = read(gathered(data[HELD[name]] if name in HELD else data, folder), str(folder / name))
+    held = data.get(HELD[name]) if name in HELD and isinstance(data, dict) else data
+    if not isinstance(held, dict):
+        raise UsageError("not a report: it holds no keys", where=str(folder / name))
+    document = read(gathered(held, folder), str(folder / name))
     path = Path(output) if output is not None else folder / PAGE
     text = render(document)
     if not dry_run:
@@ -83,5 +86,5 @@ def gathered(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"cannot be read: {error}", where=str(path)) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise UsageError(f"cannot be read: {str(error)[:200]}", where=str(path)) from None

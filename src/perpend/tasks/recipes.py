@@ -46,15 +46,26 @@ def read_recipe(path: Path) -> Written:
     """
     from perpend.core.edits import Edit
 
-    recipe, result = load(path), read_toml(path).get("result") or {}
+    recipe, result = load(path), _result(path)
     if "edit" not in result:
         raise UsageError(
             "names no edit: it says what to do and not yet what was found", where=str(path), hint="perpend run --config"
         )
-    edit = Edit.load(path.parent / str(result["edit"]))
+    name = str(result["edit"])
+    if Path(name).name != name:
+        raise UsageError(f"names an edit that is not beside it: {name[:200]}", where=str(path), valid=EDIT)
+    edit = Edit.load(path.parent / name)
     if edit.sha256 != result.get("edit_sha256"):
         raise UsageError("the edit beside it is not the one it was written with", where=str(path))
     return Written(recipe, edit)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return what a recipe says of its result; empty where it says nothing."""
+    result = read_toml(path).get("result", {})
+    if not isinstance(result, dict):
+        raise UsageError("result is not a table", where=str(path), valid="[result], as perpend writes it")
+    return result
 
 
 def beside(path: Path, edit: Edit) -> Recipe | None:
@@ -65,7 +76,7 @@ def beside(path: Path, edit: Edit) -> Recipe | None:
         edit: What was read there.
     """
     file = (path if path.is_dir() else path.parent) / RECIPE
-    if not file.is_file() or (read_toml(file).get("result") or {}).get("edit_sha256") != edit.sha256:
+    if not file.is_file() or _result(file).get("edit_sha256") != edit.sha256:
         return None
     return load(file)
 

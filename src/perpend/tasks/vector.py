@@ -78,12 +78,12 @@ def _span(layers: str) -> range:
 def _chosen(report: Path, n_layers: int) -> range:
     """Return the layer that a fit chose, from the report beside it."""
     try:
-        layer = json.loads(report.read_text(encoding="utf-8"))["fit"]["layer"]
-    except (OSError, ValueError, KeyError, TypeError):
+        layer = round(json.loads(report.read_text(encoding="utf-8"))["fit"]["layer"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         layer = None
     if layer is None:
         valid = f"1 to {n_layers - 1}"
         raise UsageError(
             "the fit chose no single layer", where="--layers", valid=valid, hint=f"--layers {n_layers // 2}"
         )
-    return range(round(layer), round(layer) + 1)
+    return range(layer, layer + 1)
