@@ -165,7 +165,8 @@ class SearchSection(_Section):
     trials: int = Field(default=160, ge=1)
     """Candidate edits that are scored, at most."""
     minutes: float | None = Field(default=None, gt=0)
-    """No trial begins after so many minutes; None leaves it to `trials` and `patience`."""
+    """What the whole search may take, about: trials end while there is time for replies, choice and proof, and have at
+    least a quarter of the time that is left when they begin. None leaves it to `trials` and `patience`."""
     patience: int = Field(default=3, ge=0)
     """Generations in which the front must grow by 1 %, or the search ends; 0 goes on to the last trial."""
     generation: int = Field(default=16, ge=2)

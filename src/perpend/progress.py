@@ -29,6 +29,9 @@ class Reporter(Protocol):
     def note(self, message: str) -> None:
         """Tell one line that the user should see, such as a batch size halved after running out of memory."""
 
+    def standing(self, message: str) -> None:
+        """Show how things stand, in place of what was shown before, until the outermost task is closed."""
+
 
 class _Silent:
     def start(self, label: str, total: int | None) -> int:
@@ -39,6 +42,8 @@ class _Silent:
     def finish(self, task: int) -> None: ...
 
     def note(self, message: str) -> None: ...
+
+    def standing(self, message: str) -> None: ...
 
 
 _reporter: ContextVar[Reporter] = ContextVar("perpend_reporter", default=_Silent())  # noqa: B039
@@ -57,6 +62,11 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
 def note(message: str) -> None:
     """Tell the user one line, on stderr when a terminal is attached, nowhere otherwise."""
     _reporter.get().note(message)
+
+
+def standing(message: str) -> None:
+    """Show the user in a few lines how a long task stands; the next call replaces them."""
+    _reporter.get().standing(message)
 
 
 def track(

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from perpend.cli.reporters import EVERY, Lines, Live, per_second
-from perpend.progress import reporting, track
+from perpend.progress import reporting, standing, track
 
 
 class Clock:
@@ -93,3 +93,30 @@ def test_a_handle_that_was_closed_is_ignored():
         reporter.finish(task)
         reporter.advance(task)
         reporter.finish(task)
+
+
+def test_how_things_stand_is_told_at_most_every_fifteen_seconds_and_at_the_end():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        for k in track(range(5), "trials"):
+            clock.now += 6
+            standing(f"front {k}\nbest \x1b{k}")
+    stood = [line for line in lines if "front" in line]
+    assert stood == [f"front {k}\nbest \\x1b{k}" for k in (0, 3, 4)]
+    assert lines[-1] == "trials: 5 in 30.0 s"
+
+
+def test_the_live_display_shows_how_things_stand_in_place_and_keeps_the_last():
+    stream, clock = io.StringIO(), Clock()
+    live = Live(Console(file=stream, force_terminal=True, width=80, no_color=True), clock)
+    live.standing("of no task")
+    with reporting(live):
+        for k in track(range(3), "trials"):
+            standing(f"front {k}\nbest \x1b{k}")
+            shown = stream.getvalue()
+            assert f"front {k}" in shown
+            assert f"best \\x1b{k}" in shown
+    assert "of no task" not in stream.getvalue()
+    text = stream.getvalue()
+    assert text.rindex("front 2") > text.rindex("\x1b[?25h")  # stays when the display is gone
+    assert "\x1b[2K" in text  # and what was shown before is wiped

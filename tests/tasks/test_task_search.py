@@ -34,7 +34,9 @@ from perpend.searching.forward import Scorer
 from perpend.searching.front import Rule
 from perpend.searching.study import Ledger, Outcome
 from perpend.tasks.broken import Bar, Broken
+from perpend.tasks.crew import STORAGE
 from perpend.tasks.finalists import Correlation, Point
+from perpend.tasks.points import too_short
 from perpend.tasks.run import Run, run
 from perpend.tasks.search import Asked, Joined, search
 from perpend.tasks.trials import study_name
@@ -224,6 +226,31 @@ def test_two_workers_find_what_one_finds(done, pico_dir, tmp_path, monkeypatch):
     assert len(owners(Ledger(storage, name).view(6, 3).finished())) == 2
 
 
+def test_a_search_is_joined_with_as_many_workers_as_were_asked_for(done, pico_dir, tmp_path, monkeypatch, capsys):
+    prepared(tmp_path, monkeypatch)
+    model, storage, score, until = str(pico_dir("llama")), tmp_path / "shared.log", Scorer.score, time.monotonic() + 120
+    first = recipe(done[0], trials=6).for_model(model)
+    search(model, output=tmp_path / "one", recipe=first, machine=MACHINE, storage=storage)
+    ledger = Ledger(storage, study_name(first, MACHINE, load_splits(first.prompts)))
+    began, before = owners(ledger.view(6, 3).finished()), torch.get_num_threads()
+
+    def together(self, candidates, **rivals):
+        while time.monotonic() < until and len(owners(ledger.view(6, 3).slots.values()) - began) < 2:
+            time.sleep(0.2)
+        return score(self, candidates, **rivals)
+
+    monkeypatch.setattr(Scorer, "score", together)
+    words = typed(done[0], pico_dir("llama"), "--storage", str(storage), "--workers", "2", "--json")
+    at = words.index("-o")
+    assert main(words[:at] + words[at + 2 :]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["trials"], told["why"]) == (6, "12 trials have been run")
+    assert len(owners(ledger.view(6, 3).finished()) - began) == 2
+    assert torch.get_num_threads() == before
+    search(model, output=tmp_path / "two", recipe=recipe(done[0]), machine=MACHINE, storage=storage)
+    assert trials(tmp_path / "two") == trials(done[0] / "out")
+
+
 def owners(found) -> set[str]:
     return {trial.owner for trial in found if trial.owner}
 
@@ -267,15 +294,17 @@ def test_the_command_on_a_postgresql_server_survives_a_worker_killed_in_mid_tria
     assert ledger.view(6, 3).slots[3].attempt == 1
 
 
-def test_a_storage_is_joined_and_gone_on_with(done, pico_dir, tmp_path):
+def test_a_storage_is_joined_and_gone_on_with(done, pico_dir, tmp_path, monkeypatch):
     storage, model = tmp_path / "shared.log", str(pico_dir("llama"))
     first = recipe(done[0], trials=6)
     search(model, output=tmp_path / "one", recipe=first, machine=MACHINE, storage=storage)
     assert "study.log" not in names(tmp_path / "one")
-    joined = search(model, recipe=recipe(done[0], trials=9), machine=MACHINE, storage=storage)
+    monkeypatch.setenv(STORAGE, str(storage))
+    joined = search(model, recipe=recipe(done[0], trials=9), machine=MACHINE)
     assert isinstance(joined, Joined)
     assert (joined.trials, joined.why) == (3, "9 trials have been run")
-    search(model, output=tmp_path / "two", recipe=recipe(done[0]), machine=MACHINE, storage=storage)
+    search(model, output=tmp_path / "two", recipe=recipe(done[0]), machine=MACHINE)
+    assert "study.log" not in names(tmp_path / "two")
     assert trials(tmp_path / "two") == trials(done[0] / "out")
 
 
@@ -284,7 +313,9 @@ def test_people_read_the_front_the_choice_in_words_and_what_to_type_next(done, p
     words = typed(done[0], pico_dir("llama"), *storage)
     words[words.index("-o") + 1] = str(tmp_path / "out")
     assert main(words) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    out, notes = (" ".join(text.split()) for text in capsys.readouterr())
+    assert "finalists are judged on replies of at most 4 new tokens; late refusals and loops are missed" in notes
+    said = out
     for part in (
         "Front of the search",
         "12 trials (",
@@ -308,7 +339,7 @@ def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
         tell=lambda name, data: told.append(data) if name == "search" else None,
         **asked,
     )
-    assert made.found.why == "1e-06 minutes have passed"
+    assert made.found.why == "1e-06 minutes have passed, less 0 ms for replies, choice and proof"
     assert made.found.chosen.outcome.drift <= 0.05
     assert made.found.rule.max_drift == 0.05
     assert told[0]["met"]
@@ -477,6 +508,20 @@ def test_the_command_to_go_on_says_every_setting_of_the_machine(tmp_path):
     ]
 
 
+def test_a_password_is_neither_printed_nor_left_out_of_the_command_to_go_on(tmp_path, monkeypatch):
+    url, open_url = "postgresql://me:secret@host/study", "postgresql://me@host/study"
+
+    def command(storage: str) -> list[str]:
+        return shlex.split(Asked("m", tmp_path / "out", recipe(tmp_path), Machine(), storage, 1).command(tmp_path))
+
+    plain = ["perpend", "search", "--config", str(tmp_path / "recipe.toml"), "-o", str(tmp_path / "out")]
+    assert command(url) == ["PERPEND_STORAGE=...", *plain]
+    assert command(open_url) == [*plain, "--storage", open_url]
+    monkeypatch.setenv(STORAGE, url)
+    assert command(url) == plain
+    assert command(open_url) == [*plain, "--storage", open_url]
+
+
 def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Scorer, "score", lambda self, candidates, **rivals: [Outcome(failed="a test") for _ in candidates]
@@ -485,7 +530,7 @@ def test_a_search_that_finds_nothing_says_why(done, pico_dir, tmp_path, monkeypa
         search(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe(done[0]), machine=MACHINE)
     assert {row["failed"] for row in trials(tmp_path / "out.resume")} == {"a test"}
     asked = recipe(done[0], minutes=1e-6)
-    with pytest.raises(RunFailed, match="no trial was run: 1e-06 minutes have passed; try: more --minutes"):
+    with pytest.raises(RunFailed, match=r"no trial was run: 1e-06 minutes have passed, .*; try: more --minutes"):
         search(str(pico_dir("llama")), output=tmp_path / "none", recipe=asked, machine=MACHINE)
 
 
@@ -505,6 +550,41 @@ def test_what_cannot_be_done_is_one_line(done, pico_dir, tmp_path, capsys):
     (tmp_path / "b.resume" / "key.json").write_text("{}")
     with pytest.raises(UsageError, match="another recipe"):
         search(model, output=tmp_path / "b", recipe=recipe(done[0]), machine=MACHINE)
+
+
+@pytest.mark.parametrize("spearman", [0.1, 0.9])
+def test_where_the_score_ranks_poorly_more_candidates_reply_and_more_are_judged(
+    done, pico_dir, tmp_path, monkeypatch, spearman, capsys
+):
+    monkeypatch.setattr(finalists, "_correlation", lambda points: Correlation(spearman, len(points), 4))
+    second, waves = finalists.second, []
+
+    def watched(view, but, n):
+        waves.append([f"trial {trial.slot}" for trial in second(view, but, n)])
+        return second(view, but, n)
+
+    monkeypatch.setattr(finalists, "second", watched)
+    shutil.copy(done[0] / "out" / "study.log", tmp_path / "study.log")
+    more = ["--set", "search.survivors=2", "--set", "search.finalists=1", "--set", "search.max_broken=1"]
+    words = typed(tmp_path, pico_dir("llama"), "--storage", str(tmp_path / "study.log"), "--json", *more)
+    assert main(words) == 0
+    said = capsys.readouterr()
+    told = [(event["event"], event.get("name")) for line in said.out.splitlines() for event in [json.loads(line)]]
+    replied = [name for kind, name in told if kind == "survivor"]
+    assert len(replied) == len(set(replied))
+    assert sum(kind == "finalist" for kind, _ in told) == (2 if spearman < finalists.POOR else 1)
+    if spearman < finalists.POOR:
+        assert len(waves) == 1
+        assert waves[0]
+        assert set(waves[0]) <= set(replied)
+    else:
+        assert waves == []
+
+
+def test_a_note_says_that_replies_are_too_short_to_be_judged():
+    assert too_short(128) is None
+    assert "at most 127 new tokens" in too_short(127)
+    assert shlex.split(too_short(127).rpartition("(")[2].rstrip(")")) == ["--max-new-tokens", "128"]
 
 
 def test_a_dry_run_writes_nothing(done, pico_dir, tmp_path, capsys):

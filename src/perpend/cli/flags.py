@@ -341,7 +341,7 @@ FLAGS: dict[str, Flag] = {
     "minutes": Flag(
         ("--minutes",),
         float,
-        "No trial begins after so many minutes.",
+        "Minutes for the whole search, about: trials leave time for replies, choice and proof.",
         SEARCH,
         key="search.minutes",
         metavar="N",
@@ -374,7 +374,7 @@ FLAGS: dict[str, Flag] = {
     "storage": Flag(
         ("--storage",),
         str,
-        "Journal file or postgresql:// URL for machines that share trials; without -o: join.",
+        "Journal file or postgresql:// URL for machines that share trials, also by PERPEND_STORAGE; without -o: join.",
         SEARCH,
         metavar="WHERE",
     ),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -82,6 +83,7 @@ class Lines:
         self._write, self._clock = write, clock
         self._steps: dict[int, Step] = {}
         self._next, self._last = 0, clock()
+        self._stood, self._standing = -math.inf, ""
 
     def start(self, label: str, total: int | None) -> int:
         """Open a task."""
@@ -104,12 +106,25 @@ class Lines:
     def finish(self, task: int) -> None:
         """Close a task."""
         step = self._steps.pop(task, None)
+        if step is not None and step.outermost:
+            self._stand()
         if step is not None and step.told:
             self._say(step, step.closing(self._clock()))
 
     def note(self, message: str) -> None:
         """Tell one line."""
         self._write(printable(message))
+
+    def standing(self, message: str) -> None:
+        """Keep the lines for the end of the task; tells them now when those before are old enough."""
+        self._standing = printable(message)
+        if self._clock() - self._stood >= EVERY:
+            self._stand()
+
+    def _stand(self) -> None:
+        if self._standing:
+            self._write(self._standing)
+            self._stood, self._standing = self._clock(), ""
 
     def _say(self, step: Step, line: str) -> None:
         step.told, self._last = True, self._clock()
@@ -121,6 +136,17 @@ class _Rate(ProgressColumn):
         return Text(per_second(task.speed) if task.speed else "", style="dim")
 
 
+class _Bars(Progress):
+    """Bars below a few lines of text."""
+
+    above: Text | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above
+        yield from super().get_renderables()
+
+
 class Live:
     """One live display for all open tasks; it is there only while a task is open."""
 
@@ -129,9 +155,7 @@ class Live:
         self._steps: dict[int, Step] = {}
         label = TextColumn("{task.description}", markup=False)
         columns = (label, BarColumn(bar_width=28), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(compact=True))
-        self._progress = Progress(
-            *columns, console=console, transient=True, refresh_per_second=5, redirect_stdout=False
-        )
+        self._progress = _Bars(*columns, console=console, transient=True, refresh_per_second=5, redirect_stdout=False)
 
     def start(self, label: str, total: int | None) -> int:
         """Open a task."""
@@ -148,13 +172,18 @@ class Live:
             self._progress.advance(TaskID(task), amount)
 
     def finish(self, task: int) -> None:
-        """Close a task; a long outermost one leaves a line."""
+        """Close a task; a long outermost one leaves a line, and how it stood at last."""
         step = self._steps.pop(task, None)
         if step is None:
             return
         self._progress.remove_task(TaskID(task))
+        stood = self._progress.above if step.outermost else None
+        if step.outermost:
+            self._progress.above = None
         if not self._steps:
             self._progress.stop()
+        if stood is not None:
+            self._console.print(stood, highlight=False)
         now = self._clock()
         if step.outermost and now - step.began >= BRIEF:
             self._console.print(Text(step.closing(now), style="dim"))
@@ -162,6 +191,12 @@ class Live:
     def note(self, message: str) -> None:
         """Tell one line, above the bars."""
         self._console.print(printable(message), markup=False, highlight=False)
+
+    def standing(self, message: str) -> None:
+        """Show lines above the bars, in place of those before."""
+        if self._steps:
+            self._progress.above = Text(printable(message))
+            self._progress.refresh()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -194,6 +229,9 @@ class Quiet:
 
     def note(self, message: str) -> None:
         """Tell nothing."""
+
+    def standing(self, message: str) -> None:
+        """Show nothing."""
 
 
 @contextmanager

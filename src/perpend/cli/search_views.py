@@ -26,6 +26,28 @@ def openings(data: Data) -> View:
         yield Text(f"  {printable(text)!r}", style="dim")
 
 
+def survivor(data: Data) -> View:
+    """Say how often a candidate that replied shortly is accepted and refuses."""
+    accepted, refused = data["accepted_shortly"], data["refused_shortly"]
+    said = f"short replies: {_told(accepted)} accepted, {_count(refused)} refused"
+    yield Text(f"{data['name']}: {said}; {_scored(data)}", style="dim")
+
+
+def finalist(data: Data) -> View:
+    """Say how a finalist was judged at full length."""
+    said = f"judged at full length: {_told(data['acceptance'])} accepted, {_count(data['refused'])} refused"
+    broken = f"broken {_count(data['broken'])} of targets, {_count(data['broken_baselines'])} of baselines"
+    yield Text(f"{data['name']}: {said}, {broken}; {_scored(data)}")
+
+
+def _told(rate: Data | None) -> str:
+    return f"{_count(rate)} [{render.span(rate['interval'], '.0%')}]" if rate else "–"
+
+
+def _scored(data: Data) -> str:
+    return f"refusal {data['refusal']:.2f} by score, drift {data['drift']:.4f}"
+
+
 def found(data: Data) -> View:
     """Show the front with intervals, the chosen edit in words, and how far the score is to be trusted."""
     broken = ("broken", "baselines broken")
@@ -80,5 +102,5 @@ def joined(data: Data) -> View:
     yield Text(f"{data['trials']} trials of {data['study']} in {seconds(data['seconds'])}; {printable(data['why'])}")
 
 
-PARTS = {"openings": openings, "search": found}
+PARTS = {"openings": openings, "survivor": survivor, "finalist": finalist, "search": found}
 """Views of the parts of a search beside those of a run."""

@@ -16,21 +16,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import psutil
 
 from perpend.config import Machine, Recipe
 from perpend.data import load_splits
+from perpend.models.session import Session
 from perpend.progress import note
-from perpend.searching.study import Ledger
+from perpend.searching.study import Ledger, Trial
 from perpend.tasks.setup import open_session
 from perpend.tasks.trials import deadline, join, patient, study_name
 
 STORAGE = "PERPEND_STORAGE"
-"""Environment variable that tells a worker where the study is: a URL may hold a password, which no file should."""
+"""Environment variable that says where the study is: a URL may hold a password, which no file or command should."""
 GRACE = 600.0
 """Seconds that a worker may take to end its batch."""
+ENDED = (0, 130, -signal.SIGINT)
+"""Statuses of a worker that ended as it was asked to; the last is of one that had not begun."""
 
 
 def devices(machine: Machine, workers: int) -> list[str]:
@@ -47,9 +51,30 @@ def threads(workers: int) -> int:
     return max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // workers)
 
 
+def machines(machine: Machine, workers: int) -> list[Machine]:
+    """Return how each worker is run, on a device of its own."""
+    return [machine.model_copy(update={"device": device}) for device in devices(machine, workers)]
+
+
 @contextmanager
-def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str | Path) -> Iterator[None]:
+def share_cores(session: Session, workers: int) -> Iterator[None]:
+    """Leave the other processes their cores inside the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    if session.device.type == "cpu":
+        torch.set_num_threads(min(before, threads(workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str | Path) -> Iterator[list[int]]:
     """Keep one worker process per machine section inside the block; leaving it lets each end its batch.
+
+    Yields their process ids.
 
     Args:
         folder: For what they are told and what they say.
@@ -67,7 +92,7 @@ def crew(folder: Path, recipe: Recipe, machines: Sequence[Machine], where: str |
             said = stack.enter_context(log.open("wb"))
             running.append((_start(job, said, {STORAGE: str(where), "OMP_NUM_THREADS": cores}), log))
         try:
-            yield
+            yield [process.pid for process, _ in running]
         finally:
             for process, _ in running:
                 if process.poll() is None:
@@ -90,25 +115,43 @@ def _ended(number: int, process: subprocess.Popen[bytes], log: Path) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()
-    if code not in (0, 130):
+    if code not in ENDED:
         last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
         note(f"worker {number} ended with status {code}: {last or 'it said nothing'}")
 
 
 def take_part(
-    recipe: Recipe, machine: Machine, where: str | Path, *, stop: Callable[[], str | None]
+    recipe: Recipe, machines: Sequence[Machine], where: str | Path, *, stop: Callable[[], str | None]
 ) -> tuple[str, str, int]:
     """Join the study of a recipe and run trials until the search ends.
 
+    Args:
+        recipe: What is searched.
+        machines: One per worker: the first is this process, the others are started beside it.
+        where: Storage of the study.
+        stop: Asked before every batch of this process; where it ends, the others end too.
+
     Returns:
-        The study, why it ended, and the trials that this process ran.
+        The study, why it ended, and the trials that these workers ran.
     """
     splits = load_splits(recipe.prompts)
-    ledger = Ledger(where, study_name(recipe, machine, splits))
-    session = open_session(recipe.model.id, recipe, machine)
-    site = join(ledger, session, splits, recipe, stop)
-    why = site.work(stop)
-    return ledger.name, why, sum(1 for trial in site.view().finished() if trial.owner == ledger.worker)
+    ledger = Ledger(where, study_name(recipe, machines[0], splits))
+    session = open_session(recipe.model.id, recipe, machines[0])
+    site, own = join(ledger, session, splits, recipe, stop), [os.getpid()]
+    before = {trial.slot for trial in site.view().finished()}
+    with contextlib.ExitStack() as stack:
+        if len(machines) > 1:
+            stack.enter_context(share_cores(session, len(machines)))
+            folder = stack.enter_context(TemporaryDirectory(prefix="perpend-"))
+            own += stack.enter_context(crew(Path(folder), recipe, machines[1:], where))
+        why = site.work(stop)
+    return ledger.name, why, sum(t.slot not in before and _of(t, ledger, own) for t in site.view().finished())
+
+
+def _of(trial: Trial, ledger: Ledger, processes: Sequence[int]) -> bool:
+    """Return whether one of these processes of this machine ran a trial."""
+    host = ledger.worker.rsplit("-", 2)[0]
+    return trial.owner is not None and trial.owner.startswith(tuple(f"{host}-{pid}-" for pid in processes))
 
 
 def main(job: str) -> int:
@@ -122,7 +165,7 @@ def main(job: str) -> int:
         def orphaned() -> str | None:
             return stop() or (None if os.getppid() == leader else "the process that leads the search is gone")
 
-        _, why, ran = take_part(recipe, machine, os.environ[STORAGE], stop=orphaned)
+        _, why, ran = take_part(recipe, [machine], os.environ[STORAGE], stop=orphaned)
     sys.stderr.write(f"{ran} trials; {why}\n")
     return 0
 

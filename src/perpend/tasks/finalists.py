@@ -24,7 +24,7 @@ from perpend.searching.front import CEILING, Pair, Rule
 from perpend.searching.refine import refine
 from perpend.searching.study import Outcome, Trial, View
 from perpend.tasks.broken import Bar
-from perpend.tasks.points import Point, Replies
+from perpend.tasks.points import Point, Replies, too_short
 from perpend.tasks.survivors import beside, first, second
 from perpend.tasks.trials import Site, Tell, edge, failures, rounded
 
@@ -175,6 +175,8 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
     best = _best(points)
     accepted, broken = replies.untouched()
     untouched["acceptance"], bar = accepted.share, Bar(broken, search.max_broken)
+    if short := too_short(site.recipe.eval.max_new_tokens):
+        note(short)
 
     def fully(point: Point) -> Point:
         found = replies.fully(point)

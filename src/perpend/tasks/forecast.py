@@ -120,7 +120,7 @@ def forecast(
     """
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, machine)
-    passes, tokens = _work(recipe, splits, fits, measures, bakes)
+    passes, tokens = (0, 0) if splits is None else replies_and_tokens(recipe, splits, fits, measures, bakes)
     if searches and splits is not None:
         scored, written = _trials(recipe, splits)
         passes, tokens = passes + scored, tokens + written
@@ -220,10 +220,10 @@ def reading_rate(ref: ModelRef) -> float:
     return max(1.0, size / max(1e-6, time.perf_counter() - began))
 
 
-def _work(recipe: Recipe, splits: Splits | None, fits: bool, measures: int, bakes: bool) -> tuple[int, int]:
-    """Return prompts run and tokens generated at most."""
-    if splits is None:
-        return 0, 0
+def replies_and_tokens(
+    recipe: Recipe, splits: Splits, fits: bool = False, measures: int = 0, bakes: bool = False
+) -> tuple[int, int]:
+    """Return prompts run and tokens generated at most, but for those of a search; arguments as of `forecast`."""
     sizes = {name: sum(len(side) for side in (pair.target, pair.baseline)) for name, pair in vars(splits).items()}
     runs, tokens = 0, 0
     if fits:
@@ -235,13 +235,19 @@ def _work(recipe: Recipe, splits: Splits | None, fits: bool, measures: int, bake
     return runs + replies, tokens + replies * recipe.eval.max_new_tokens
 
 
-def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
-    """Return prompts that trials and candidates read, and tokens that candidates generate at most."""
+def candidate_replies(recipe: Recipe, splits: Splits) -> tuple[int, int]:
+    """Return how many replies the candidates of a search give, short ones and those at full length."""
     search, targets = recipe.search, len(splits.select.target)
     read = targets + min(search.prompts, len(splits.select.baseline))
-    judged = search.finalists + 1 + bool(search.refine)  # the untouched model too
     replying = search.survivors + OTHERS + search.survivors // 2
-    shortly, fully = replying * min(search.prompts, targets), judged * read
+    return replying * min(search.prompts, targets), (search.finalists + bool(search.refine)) * read
+
+
+def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
+    """Return prompts that trials and candidates read, and tokens that are generated at most."""
+    search, targets = recipe.search, len(splits.select.target)
+    shortly, fully = candidate_replies(recipe, splits)
+    fully += targets + min(search.prompts, len(splits.select.baseline))  # the untouched model too
     runs = 2 * search.trials * min(search.prompts, targets) + shortly + fully
     return runs, shortly * TOKENS + fully * recipe.eval.max_new_tokens
 

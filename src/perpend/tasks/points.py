@@ -21,6 +21,18 @@ from perpend.tasks.trials import Site
 
 HELD_OUT = 4
 """One in so many targets of the select split is read by no gradient step."""
+UNTOUCHED = "full-untouched"
+"""Store of the untouched model's replies to the select split at full length."""
+LENGTH = 128
+"""New tokens of a reply below which late refusals and loops are missed."""
+
+
+def too_short(tokens: int) -> str | None:
+    """Return what to say where finalists reply with so few new tokens that their labels are not to be relied on."""
+    if tokens >= LENGTH:
+        return None
+    missed = f"late refusals and loops are missed below {LENGTH}"
+    return f"finalists are judged on replies of at most {tokens} new tokens; {missed} (--max-new-tokens {LENGTH})"
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ class Replies:
 
     def untouched(self) -> tuple[Rate, Broken]:
         """Return how much the untouched model accepts, judged as `fully` judges a candidate, and what is broken."""
-        said = self._measured("full-untouched")
+        said = self._measured(UNTOUCHED)
         return said.target.judged.acceptance, Broken.of(said.target.judged, said.baseline.judged)
 
     def _measured(self, store: str) -> Measured:

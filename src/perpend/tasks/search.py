@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,18 +20,19 @@ from perpend.fitting.accumulate import fixed_position
 from perpend.fitting.fit import Fitted
 from perpend.judges.panel import Panel
 from perpend.models.parallel import require_single
-from perpend.models.session import Session
 from perpend.refs import ModelRef
 from perpend.searching.base import Base, measure_base
 from perpend.searching.storage import masked
-from perpend.searching.study import Ledger
-from perpend.tasks.crew import crew, devices, take_part, threads
+from perpend.searching.study import Ledger, View
+from perpend.tasks.budget import Budget, measured_pace
+from perpend.tasks.crew import STORAGE, crew, machines, share_cores, take_part
 from perpend.tasks.finalists import Found, choose
 from perpend.tasks.findings import STUDY, TRIALS, put_findings, write_trials
 from perpend.tasks.forecast import forecast
 from perpend.tasks.gguf import require_roundable
 from perpend.tasks.journal import Journal, journal
 from perpend.tasks.output import require_free, require_no_partial
+from perpend.tasks.points import Replies
 from perpend.tasks.recipes import RECIPE
 from perpend.tasks.run import Clock, Run, finished
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
@@ -39,13 +42,13 @@ from perpend.tasks.trials import INTERRUPTED, Site, Tell, deadline, lead, patien
 
 @dataclass(frozen=True)
 class Joined:
-    """What a process did that joined a search of another."""
+    """What was done here for a search that another process leads."""
 
     model: str
     storage: str
     study: str
     trials: int
-    """That it ran."""
+    """That were run here, by all workers."""
     why: str
     """Why it ended."""
     seconds: float
@@ -67,9 +70,14 @@ class Asked:
     workers: int
 
     def command(self, folder: Path) -> str:
-        """Return what to type to go on, by the recipe that is kept in `folder`."""
+        """Return what to type to go on, by the recipe that is kept in `folder`.
+
+        A storage with a password is left to the environment, and to whoever types where it is not there yet.
+        """
         words = ["perpend", "search", "--config", str(folder / RECIPE), "-o", str(self.output)]
-        words += ["--storage", masked(self.storage)] if self.storage else []
+        if self.storage and self.storage != os.environ.get(STORAGE):
+            secret = masked(self.storage) != self.storage
+            words = [f"{STORAGE}=...", *words] if secret else [*words, "--storage", self.storage]
         words += ["--workers", str(self.workers)] if self.workers > 1 else []
         for name, field in Machine.model_fields.items():
             value = getattr(self.machine, name)
@@ -99,10 +107,11 @@ def search(
     Args:
         model: Hub id with `@revision`, directory or GGUF file.
         output: Folder to make, as `run` makes it, with `trials.jsonl`, `front.json`, `front.svg`, `schedules.svg` and
-            `study.log`. None joins a search that another process leads on `storage`.
+            `study.log`. None joins a search that another process leads on `storage`, with all `workers`.
         recipe: What to search and how long; what it says of direction and edit other than by default is kept.
         machine: How to run it.
-        storage: Journal file or database URL where the trials are kept, for machines that share them.
+        storage: Journal file or database URL where the trials are kept, for machines that share them; by default what
+            the environment variable PERPEND_STORAGE holds, where a URL with a password is out of sight.
         workers: Processes on this machine, each on a device of its own.
         dry_run: Only say what would be read and written.
         tell: Is told each part of the result as soon as it is known.
@@ -118,9 +127,9 @@ def search(
     if workers < 1:
         raise UsageError(f"{workers} workers", where="--workers", valid="1 or more")
     recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
-    place = None if storage is None else str(storage)
+    place = str(storage) if storage is not None else os.environ.get(STORAGE) or None
     if output is None:
-        return _joined(model, recipe, machine, place)
+        return _joined(model, recipe, machine, place, workers)
     asked = Asked(model, Path(output), recipe, machine, place, workers)
     _require_place(asked)
     ModelRef.parse(model)
@@ -150,14 +159,14 @@ def _require_place(asked: Asked) -> None:
     require_no_partial(asked.output)
 
 
-def _joined(model: str, recipe: Recipe, machine: Machine, storage: str | None) -> Joined:
+def _joined(model: str, recipe: Recipe, machine: Machine, storage: str | None, workers: int) -> Joined:
     if storage is None:
         hint = "-o out, or --storage URL to join a search that another process leads"
         raise UsageError("no place for the result was given", where="--output", hint=hint)
     began = time.monotonic()
     with patient() as signs:
         stop = deadline(recipe.search.minutes, began, signs)
-        study, why, ran = take_part(recipe, machine, storage, stop=stop)
+        study, why, ran = take_part(recipe, machines(machine, workers), storage, stop=stop)
     if why == INTERRUPTED:
         told = f"interrupted after {ran} trials, which are kept in {masked(storage)}"
         raise Interrupted(told, hint="the same command again")
@@ -166,8 +175,8 @@ def _joined(model: str, recipe: Recipe, machine: Machine, storage: str | None) -
 
 def _search(asked: Asked, base: Run, splits: Splits, kept: Journal, said: Tell) -> Run:
     recipe, machine, clock, began = asked.recipe, asked.machine, Clock(), time.monotonic()
-    machines = [machine.model_copy(update={"device": device}) for device in devices(machine, asked.workers)]
-    panel, session = open_panel(recipe, machine), open_session(asked.model, recipe, machines[0])
+    own, *beside = machines(machine, asked.workers)
+    panel, session = open_panel(recipe, machine), open_session(asked.model, recipe, own)
     coverage = tuple(asdict(row) for row in session.anatomy.coverage())
     said("model", {"model": asked.model, "architecture": session.anatomy.architecture, "coverage": list(coverage)})
     clock.lap("load")
@@ -179,7 +188,11 @@ def _search(asked: Asked, base: Run, splits: Splits, kept: Journal, said: Tell) 
     site = lead(ledger, session, splits, recipe, measure)
     said("openings", site.scorer.found.to_json())
     clock.lap("fit")
-    why = _trials(asked, site, kept, machines, began, said)
+    pace = None
+    if recipe.search.minutes is not None:
+        pace = measured_pace(site, Replies(site, panel, kept.replies), kept.replies)
+        clock.lap("pace")
+    why = _trials(asked, site, kept, beside, Budget(site, began, pace, clock.stages["load"]), said)
     clock.lap("trials")
     found = choose(site, why, panel, kept.replies, said)
     said("search", found.to_json())
@@ -207,7 +220,7 @@ def _proven(
     return finished(base, site.session, site.splits, recipe, asked.machine, panel, stores, said, clock, write)
 
 
-def _trials(asked: Asked, site: Site, kept: Journal, machines: list[Machine], began: float, said: Tell) -> str:
+def _trials(asked: Asked, site: Site, kept: Journal, beside: list[Machine], budget: Budget, said: Tell) -> str:
     """Run trials until the search ends; returns why.
 
     Raises:
@@ -218,10 +231,16 @@ def _trials(asked: Asked, site: Site, kept: Journal, machines: list[Machine], be
         with ExitStack() as stack:
             signs = stack.enter_context(patient())
             if asked.workers > 1:
-                stack.enter_context(_share_cores(site.session, asked.workers))
-                stack.enter_context(crew(kept.folder, asked.recipe, machines[1:], where))
-            watch = stack.enter_context(shown(site, said, began))
-            why = site.work(deadline(asked.recipe.search.minutes, began, signs), watch)
+                stack.enter_context(share_cores(site.session, asked.workers))
+                stack.enter_context(crew(kept.folder, asked.recipe, beside, where))
+            watch = stack.enter_context(shown(site, said, budget.left))
+            budget.tell()
+
+            def look(view: View, notes: Sequence[str]) -> None:
+                budget.saw(view)
+                watch(view, notes)
+
+            why = site.work(lambda: INTERRUPTED if signs else budget.over(), look)
     finally:
         write_trials(kept.folder / TRIALS, site)
     if why == INTERRUPTED:
@@ -229,17 +248,6 @@ def _trials(asked: Asked, site: Site, kept: Journal, machines: list[Machine], be
         told = f"interrupted after {done} trials; what was done is kept in {kept.folder}"
         raise Interrupted(told, hint=asked.command(kept.folder))
     return why
-
-
-def _share_cores(session: Session, workers: int) -> ExitStack:
-    """Leave the other processes their cores until the stack is closed."""
-    import torch
-
-    stack, before = ExitStack(), torch.get_num_threads()
-    if session.device.type == "cpu":
-        torch.set_num_threads(min(before, threads(workers)))
-        stack.callback(torch.set_num_threads, before)
-    return stack
 
 
 def _fitted(site: Site, found: Found) -> Fitted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import signal
 import threading
 import time
@@ -20,11 +19,11 @@ from perpend.data import Splits
 from perpend.errors import RunFailed, UsageError
 from perpend.export.checkpoint import files
 from perpend.models.session import Session
-from perpend.progress import meter, note
+from perpend.progress import meter, note, standing
 from perpend.refs import ModelRef, Resolved
 from perpend.searching.base import Base
 from perpend.searching.forward import Scorer
-from perpend.searching.front import Pair, Rule, front
+from perpend.searching.front import CEILING, Pair, Rule, along, decades, front, hypervolume
 from perpend.searching.space import Space
 from perpend.searching.storage import masked
 from perpend.searching.study import ROUND, Ledger, Outcome, Trial, View
@@ -40,6 +39,8 @@ WAIT = 900.0
 WEIGHTS, PIECES, PIECE = (".safetensors", ".gguf", ".bin"), 64, 4096
 """Files of weights, how many pieces of each are read for a fingerprint, and their bytes."""
 PLAN, QUESTIONS = "plan", "questions"
+SHOWN = 6
+"""Points of the front that are shown while the search goes on."""
 INTERRUPTED = "interrupted"
 
 
@@ -262,7 +263,7 @@ class Progress:
 
         Args:
             site: The search.
-            tell: Is told of every trial, and of the front after every generation.
+            tell: Is told of every trial, and of the front whenever a batch has ended.
             reach: Is told how many more trials there are.
             left: Seconds until no trial begins any more.
         """
@@ -270,45 +271,54 @@ class Progress:
         self._plan, self._tell, self._reach, self._limit = site.plan, tell, reach, search.trials
         self._left = left
         self._rule = Rule(search.max_drift, search.min_acceptance)
-        view = site.view()
-        self._seen = {trial.slot for trial in view.finished()}
+        self._seen = {trial.slot for trial in site.view().finished()}
         self._start, self._began = len(self._seen), time.monotonic()
-        self._generations = len(self._plan.volumes(view, self._limit))
 
     def __call__(self, view: View, notes: Sequence[str]) -> None:
         """Look at the trials as they are now."""
         for line in notes:
             note(line)
         finished = view.finished()
-        for trial in finished:
-            if trial.slot not in self._seen:
-                self._seen.add(trial.slot)
-                self._tell("trial", row(trial, self._plan))
-                if trial.outcome and trial.outcome.failed:
-                    note(f"trial {trial.slot} failed: {trial.outcome.failed}")
+        new = [trial for trial in finished if trial.slot not in self._seen]
+        for trial in new:
+            self._seen.add(trial.slot)
+            self._tell("trial", row(trial, self._plan))
+            if trial.outcome and trial.outcome.failed:
+                note(f"trial {trial.slot} failed: {trial.outcome.failed}")
         self._reach(len(finished) - self._start)
-        volumes = self._plan.volumes(view, self._limit)
-        if len(volumes) > self._generations:
-            self._say(view, len(finished), volumes[-1])
-        self._generations = len(volumes)
+        if new:
+            self._say(view, len(finished))
 
-    def _say(self, view: View, finished: int, volume: float) -> None:
+    def _say(self, view: View, finished: int) -> None:
+        rate = 60 * (finished - self._start) / max(1e-6, time.monotonic() - self._began)
+        left = min(self._left(), 60 * (self._limit - finished) / max(rate, 1e-6))
+        pace = f"{finished} of {self._limit} trials, {rate:.1f} a minute, at most {seconds(left)} left"
         found = edge(view, self._plan.untouched)
         if not found:
-            note(f"{finished} trials, none that refuses less than the untouched model")
+            standing(f"{pace}; none refuses less than the untouched model")
             return
         best = best_by(self._rule, found, self._plan.untouched)
-        rate = 60 * (finished - self._start) / max(1e-6, time.monotonic() - self._began)
-        outcome = best.outcome or Outcome()
-        left = min(self._left(), 60 * (self._limit - finished) / max(rate, 1e-6))
-        pace = f"{finished} trials, {rate:.1f} a minute, at most {seconds(left)} left"
-        reached = f"{self._plan.untouched[0]:.2f} → {min(pair(t)[0] for t in found):.2f}"
-        taken = f"trial {best.slot}, refusal {outcome.refusal:.2f} at drift {outcome.drift:.3f}"
-        note(f"{pace}; front of {len(found)}, refusal {reached}; {self._rule}: {taken}")
+        headed = f"front of {len(found)}, from refusal {self._plan.untouched[0]:.2f} untouched; * {self._rule}"
+        standing("\n".join([pace, headed, *(_line(t, t is best) for t in _some(found, best))]))
+        edges = [(refusal, decades(drift)) for refusal, drift in [self._plan.untouched, *map(pair, found)]]
+        volume = hypervolume(edges, (self._plan.untouched[0], decades(CEILING)))
         points = [{"slot": t.slot, "refusal": pair(t)[0], "drift": pair(t)[1]} for t in found]
         told: dict[str, Any] = {"trials": finished, "per_minute": round(rate, 2), "seconds_left": round(left, 1)}
         told |= {"hypervolume": round(volume, ROUND)}
         self._tell("front", {**told, "front": points, "best": best.slot})
+
+
+def _some(found: Sequence[Trial], best: Trial) -> list[Trial]:
+    """Return up to `SHOWN` trials along a front, the best among them, by drift."""
+    spread = along(found, SHOWN, lambda t: (pair(t)[0], decades(pair(t)[1])))
+    if best not in spread:
+        spread = along(found, SHOWN - 1, lambda t: (pair(t)[0], decades(pair(t)[1])))
+    return sorted({t.slot: t for t in [*spread, best]}.values(), key=lambda t: pair(t)[1])
+
+
+def _line(trial: Trial, best: bool) -> str:
+    refusal, drift = pair(trial)
+    return f"{'*' if best else ' '} trial {trial.slot:<5} refusal {refusal:7.2f}  drift {drift:.4f}"
 
 
 def best_by(rule: Rule, trials: Sequence[Trial], untouched: Pair) -> Trial:
@@ -322,22 +332,17 @@ def best_by(rule: Rule, trials: Sequence[Trial], untouched: Pair) -> Trial:
 
 
 @contextmanager
-def shown(site: Site, tell: Tell, began: float) -> Iterator[Watch]:
+def shown(site: Site, tell: Tell, left: Callable[[], float]) -> Iterator[Watch]:
     """Yield a watch that shows the trials inside the block.
 
     Args:
         site: The search.
         tell: Is told of every trial.
-        began: When the search began, on the monotonic clock.
+        left: Seconds until no trial begins any more.
     """
-    minutes = site.recipe.search.minutes
-
-    def ends() -> float:
-        return math.inf if minutes is None else max(0.0, 60 * minutes - (time.monotonic() - began))
-
-    left = site.recipe.search.trials - len(site.view().finished())
-    with meter("trials", max(0, left)) as reach:
-        yield Progress(site, tell, reach, ends)
+    trials = site.recipe.search.trials - len(site.view().finished())
+    with meter("trials", max(0, trials)) as reach:
+        yield Progress(site, tell, reach, left)
 
 
 def deadline(minutes: float | None, began: float, asked: Sequence[int]) -> Callable[[], str | None]:
