@@ -193,14 +193,14 @@ def _their_trials(folder: Path, began: float) -> list[Point]:
 
 
 def run_ours(organism: str, work: Path, files: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    """Let Perpend search; trials end at a share of the budget, so that replies and choice fit in as well."""
+    """Let Perpend search for the budget, in which its replies, its choice, the report and the gate are to fit as well."""
     out = work / "perpend"
     words = ["search", organism, "-o", str(out), "--json", "--classifier", "perpend:small", "--trials", "100000"]
     words += ["--target", str(files["target.fit"]), "--baseline", str(files["baseline.fit"])]
     for side in ("target", "baseline"):
         for split in ("select", "report"):
             words += ["--set", f"prompts.{side}_{split}={files[f'{side}.{split}']}"]
-    words += ["--set", "eval.control_prompts=0", "--minutes", str(given.minutes * given.share)]
+    words += ["--set", "eval.control_prompts=0", "--minutes", str(given.minutes)]
     for assignment in given.assignments:
         words += ["--set", assignment]
     started = time.monotonic()
@@ -365,7 +365,6 @@ def main() -> None:
     parser.add_argument("original")
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=20.0, help="wall clock of either search")
-    parser.add_argument("--share", type=float, default=0.5, help="of it, for our trials; replies and choice come after")
     parser.add_argument("--prompts", type=int, default=96, help="of each class, to fit on and to select on")
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--max-new-tokens", type=int, default=128)
