@@ -193,7 +193,7 @@ def _their_trials(folder: Path, began: float) -> list[Point]:
 
 
 def run_ours(organism: str, work: Path, files: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
-    """Let Perpend search for the budget, in which its replies, its choice, the report and the gate are to fit as well."""
+    """Let Perpend search for the budget, in which replies, choice, report and gate are to fit as well."""
     out = work / "perpend"
     words = ["search", organism, "-o", str(out), "--json", "--classifier", "perpend:small", "--trials", "100000"]
     words += ["--target", str(files["target.fit"]), "--baseline", str(files["baseline.fit"])]
