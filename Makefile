@@ -1,7 +1,7 @@
 # The first target that needs it makes .venv and installs into it, once; later ones find it there.
 #
 #   CONSTRAINTS=FILE   versions for pip, such as constraints-ci.txt
-#   MODEL=DIR          the model of the benchmarks that need one
+#   MODEL=DIR          the model of the benchmarks that need one; the organism of the demo where that is there
 #   LIMIT=N            at most N prompts of each class and split in the demo
 #   PYTHON=python3.12  the interpreter that .venv is made from
 
@@ -43,11 +43,8 @@ docs: $(VENV)/.dev ## the command-line reference, docs/cli.md, and docs/figures
 	$(BIN)/python docs/make_architectures.py
 	$(BIN)/python docs/make_figures.py
 
-bench: $(VENV)/.dev ## start, export against cp and, with MODEL=DIR, fit and evaluation: bench/results
-	mkdir -p bench/results
-	$(BIN)/python bench/startup.py > bench/results/startup.txt
-	$(BIN)/python bench/export_vs_cp.py > bench/results/export_vs_cp.json
-	$(if $(MODEL),$(BIN)/python bench/fit_and_eval.py $(MODEL) > bench/results/fit_and_eval.json,@echo "fit and evaluation left out: name a model, make bench MODEL=DIR")
+bench: $(VENV)/.dev ## start, export against cp, fit and evaluation: each ratio beside its goal, JSON in bench/results
+	$(BIN)/python bench/all.py $(MODEL)
 
 clean: ## everything that was made here, the environment too
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@
 Writes a synthetic sharded Llama checkpoint in bfloat16 below `--folder`, exports it with every out- and down-projection
 edited, in a process of its own, and copies it with `cp -r`; both with and without flushing to the disk for `cp` (the
 export always flushes). Prints JSON, removes what it wrote. Peak memory is what the export adds to a process in which
-the libraries are loaded already.
+the libraries are loaded already; the resident size of the whole process is given beside it.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def export(source: Path, out: Path, layers: int, mode: Any) -> None:
                 "seconds": seconds,
                 "cpu_seconds": cpu,
                 "peak_bytes": memory("VmHWM") - before,
+                "rss_bytes": memory("VmHWM"),
                 "largest_edited_bytes": max(edited),
                 "edited_bytes": sum(edited),
                 "bytes": result.bytes,
@@ -156,6 +157,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "times_cp_flushed": middle["export"] / middle["cp_flushed"],
         "cpu_times_cp_flushed": min(cpu["export"]) / min(cpu["cp_flushed"]),
         "peak_bytes": peak,
+        "rss_bytes": max(run["rss_bytes"] for run in exports),
         "largest_edited_bytes": largest,
         "peak_times_largest": peak / largest,
         "wall_seconds": wall,

@@ -15,6 +15,7 @@ import json
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def main() -> None:
     pair = load_splits(PromptsSection(limit=asked.prompts // 2)).fit
     prompts = [*pair.target, *pair.baseline]
     ids = session.chat.encode(prompts)
-    print(f"{sum(map(len, ids))} prompt tokens in {len(prompts)} prompts", flush=True)
+    print(f"{sum(map(len, ids))} prompt tokens in {len(prompts)} prompts", file=sys.stderr, flush=True)
     groups = plan([len(i) for i in ids], session.budget.forward, session.budget.rows)
     longer = plan([len(i) + asked.tokens for i in ids], session.budget.cached, session.budget.rows)
     ends = transformers.GenerationConfig(
@@ -115,6 +116,7 @@ def main() -> None:
         "model": Path(asked.model).name,
         "dtype": str(session.loaded.dtype),
         "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, ids)),
         "fit": turns(
             {
                 "bare forward": forward,
