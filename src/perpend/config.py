@@ -43,7 +43,8 @@ MODES: dict[str, str] = {
 }
 RULES: dict[str, str] = {
     "thrift": "most refusal taken away per drift, among layers that take away at least half of what the best one does",
-    "published": "least refusal left, among layers of the first 80 % that cost at most 0.1 nats and induce refusal",
+    "published": "after Arditi et al. 2024: least refusal left, among all layers of the first 80 % that cost at most "
+    "0.1 nats and induce refusal; refusal and drift are measured as docs/concepts.md says",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fitting_cases import directions, pair, session_on
@@ -11,6 +13,7 @@ from perpend.config import EditSection
 from perpend.core.directions import Directions
 from perpend.core.linear import orthonormalise
 from perpend.errors import RunFailed
+from perpend.fitting import layers
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.layers import (
     DEEPEST,
@@ -82,6 +85,28 @@ def test_wide_steps_are_narrowed_around_the_best(refusing):
     found = choose_layer(session, planted(6, p), EditSection(), probe(), stride=3)
     assert [c.layer for c in found.candidates] == [3, 4, 5, 6]
     assert found.layer == 6
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, rule: str, n_layers: int) -> list[int]:
+    """Return the layers of a deep model that are judged under a rule, the sixth of which takes the most refusal."""
+    seen = list[int]()
+
+    def judge(session, directions, section, probe, layer, silent, reference):
+        seen.append(layer)
+        return tried(layer, -2.0 if layer == 6 else -1.0, 0.05)
+
+    monkeypatch.setattr(layers, "_judge", judge)
+    monkeypatch.setattr(layers, "Recalled", lambda session: None)
+    silent = SimpleNamespace(refusal=lambda session: -0.5, induced=lambda session: 0.0)
+    found = choose_layer(None, SimpleNamespace(n_layers=n_layers), EditSection(), silent, rule=rule)
+    assert found.layer == 6
+    assert len(seen) == len(set(seen))
+    return sorted(seen)
+
+
+def test_the_published_rule_tries_every_layer_and_thrift_about_ten(monkeypatch):
+    assert judged(monkeypatch, "published", 40) == list(range(1, 37))
+    assert 10 <= len(judged(monkeypatch, "thrift", 40)) <= 16
 
 
 def tried(layer: int, bypass: float, drift: float, in_bounds: bool = True, induced: float = 1.0) -> Candidate:

@@ -3,15 +3,17 @@
 After Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction"
 (https://arxiv.org/abs/2406.11717, section 2.3 and appendix C): a candidate direction is judged by the refusal that is
 left when it is ablated everywhere (bypass), by the refusal that adding it to baseline prompts makes (induce), and by
-the KL divergence on baseline prompts (drift). Two things differ. Refusal is the mean log-likelihood of the model's
-*own* refusals rather than of one first token, since a model with many openings has none that stands for all; and
-ablation is the edit of the writers that Perpend exports rather than one of the activations.
+the KL divergence on baseline prompts (drift). Some things differ, under both rules. Refusal is the mean log-likelihood
+of the model's *own* refusals rather than of one first token, since a model with many openings has none that stands for
+all; ablation is the edit of the writers that Perpend exports rather than one of the activations, so that embeddings
+keep what they write; and drift is taken over all tokens of the model's own answers rather than over the first. Of the
+template's tokens one is read unless the position is `auto` too, which tries up to five.
 
-Two rules choose among the candidates. `published` is the paper's: least refusal left within bounds on depth, drift and
-induced refusal. `thrift`, the default, takes the most refusal removed per drift among those that remove at least half
-of what the best one does: late layers of small models remove more and cost many times as much. Candidates that ruin
-the model or whose direction does not induce refusal do not count where another does something: a ruined model finds
-refusals unlikely too.
+Two rules choose among the candidates. `published` is the paper's: every layer is tried, and the one with the least
+refusal left within bounds on depth, drift and induced refusal is taken. `thrift`, the default, takes the most refusal
+removed per drift among those that remove at least half of what the best one does: late layers of small models remove
+more and cost many times as much. Candidates that ruin the model or whose direction does not induce refusal do not
+count where another does something: a ruined model finds refusals unlikely too.
 """
 
 from __future__ import annotations
@@ -153,15 +155,15 @@ def choose_layer(
         section: Mode of the edit; its schedules are not used, every writer is ablated with λ = 1.
         probe: Prompts of the select split with the model's own replies.
         rule: Which candidate is taken; see the head of this module.
-        stride: Every how many layers a candidate; the neighbours of the best are tried afterwards. By default such
-            that about ten are tried.
+        stride: Every how many layers a candidate; the neighbours of the best are tried afterwards. By default every
+            layer under the published rule, and such that about ten are tried under the other.
 
     Returns:
         The chosen candidate and all that were tried.
     """
     last = min(max(1, round(TRIED * directions.n_layers)), directions.n_layers - 1)
     first = min(1, last)
-    step = stride or max(1, last // 10)
+    step = stride or (1 if rule == "published" else max(1, last // 10))
     untouched, silent, reference = probe.refusal(session), probe.induced(session), Recalled(session)
     tried: dict[int, Candidate] = {}
 
