@@ -181,7 +181,11 @@ class SearchSection(_Section):
     max_rank: int = Field(default=2, ge=1)
     """Most directions per module (k) that are tried."""
     refine: int = Field(default=20, ge=0)
-    """Gradient steps from the best candidate, which is taken only where held-out replies confirm it; 0 for none."""
+    """Gradient steps from the best finalist; the result is taken only where held-out replies confirm it; 0 for none."""
+    refine_from: int = Field(default=1, ge=1)
+    """How many of the best finalists are refined, each for itself."""
+    refine_kernel: bool = False
+    """Project refined weight factors to the nearest normal kernel of each component, and judge that."""
     survivors: int = Field(default=8, ge=2)
     """Candidates of the front that generate shortly, so that the score is checked."""
     finalists: int = Field(default=4, ge=1)
@@ -201,6 +205,8 @@ BUDGET = (
     "minutes",
     "patience",
     "refine",
+    "refine_from",
+    "refine_kernel",
     "survivors",
     "finalists",
     "max_drift",

@@ -11,9 +11,11 @@ from scorer_cases import behaviour, directions
 from perpend.config import Machine, Recipe
 from perpend.core.edits import edit_weight
 from perpend.core.schedule import Constant, NormalKernel
-from perpend.errors import UsageError
+from perpend.errors import RunFailed, UsageError
 from perpend.models.load import load_model
 from perpend.models.session import Session
+from perpend.searching import refine as descent
+from perpend.searching import sheets
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer
 from perpend.searching.objectives import Question
@@ -83,16 +85,62 @@ def test_what_is_held_out_changes_no_step_and_no_choice(scorer, monkeypatch):
 
 def test_the_gradient_is_that_of_the_objective(scorer):
     work = _Descent(scorer.session, scorer, START, 1.2, False, ())
-    loss = work.loss([0], [0], 0.01, 0.5)
-    loss.backward()
+    work.descend([0], [0], 0.01, 0.5)
+    gradient = work.factors.grad.clone()
     for part, layer in ((0, 0), (1, 2)):
-        with torch.no_grad():
-            ends = []
-            for step in (1e-2, -1e-2):
+        ends = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
                 work.factors[part, layer] += step
-                ends.append(float(work.loss([0], [0], 0.01, 0.5)))
+            ends.append(work.descend([0], [0], 0.01, 0.5))
+            with torch.no_grad():
                 work.factors[part, layer] -= step
-        assert float(work.factors.grad[part, layer]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=0.02)
+        assert float(gradient[part, layer]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=0.02)
+
+
+def short_of_memory(patch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Let memory hold the activations of trees of so many tokens; gives the sizes of those that went through."""
+    gone = []
+
+    def together(planted, *given):
+        if torch.is_grad_enabled() and len(planted.tree) > tokens:
+            raise torch.OutOfMemoryError("out of memory")
+        gone.append(len(planted.tree))
+        return sheets.together(planted, *given)
+
+    patch.setattr(descent, "together", together)
+    return gone
+
+
+def test_where_memory_is_short_trees_are_halved_and_a_step_is_the_same(scorer, monkeypatch):
+    work = _Descent(scorer.session, scorer, START, 1.2, True, (2,))
+    trees = {kind: [k for k, _ in enumerate(sheet.trees)] for kind, sheet in scorer.sheets.items()}
+    given = (trees["target"], trees["baseline"], 1e-3, 0.5)
+    loss, gradients = work.descend(*given), [x.grad.clone() for x in work._parameters]
+    single = max(len(half[1].tree) for sheet in scorer.sheets.values() for half in single_prompts(sheet))
+    whole = max(len(tree.tree) for sheet in scorer.sheets.values() for _, tree in sheet.trees)
+    assert single < whole
+    gone = short_of_memory(monkeypatch, single)
+    assert work.descend(*given) == pytest.approx(loss, rel=1e-5)
+    assert max(gone) <= single
+    for parameter, gradient in zip(work._parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+    gone.clear()
+    work.descend(*given)
+    assert max(gone) <= single  # the halves stay
+
+
+def single_prompts(sheet):
+    parts = [tree for tree in sheet.trees]
+    while any(sheet.halves(of) for of, _ in parts):
+        parts = [half for part in parts for half in sheet.halves(part[0]) or [part]]
+    return parts
+
+
+def test_a_prompt_that_memory_does_not_hold_ends_the_refinement_in_one_line(scorer, monkeypatch):
+    short_of_memory(monkeypatch, 8)
+    with pytest.raises(RunFailed, match="out of memory on a single prompt"):
+        refine(scorer.session, scorer, START, steps=2, max_drift=LEASH)
 
 
 @pytest.mark.parametrize("mode", ["plain", "column"])

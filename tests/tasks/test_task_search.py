@@ -23,9 +23,10 @@ from task_cases import MACHINE, Labels, a_recipe, names
 import perpend.fitting.behaviour
 import perpend.tasks.finalists as finalists
 from perpend.cli.main import main
-from perpend.config import Machine, load, to_toml
+from perpend.config import Machine, Recipe, load, to_toml
 from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
+from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.errors import Interrupted, RunFailed, UsageError
 from perpend.judges.judgement import Rate
@@ -348,7 +349,7 @@ def test_bounds_and_minutes_are_kept(done, pico_dir, tmp_path):
 def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_dir, tmp_path):
     model, asked = str(pico_dir("llama")), recipe(done[0], refine=5, prompts=2, max_broken=1.0)  # gibberish
     made = search(model, output=tmp_path / "out", recipe=asked, machine=MACHINE)
-    told = made.found.refinement
+    (told,) = made.found.refinements
     assert (told.start.judged.n, told.refined.judged.n) == (4, 4)
     assert told.accepted.before.n == 2  # two targets that the score has not read
     assert told.refined.outcome.refusal < told.start.outcome.refusal
@@ -357,7 +358,7 @@ def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_d
     assert {told.start.name, told.refined.name} <= names_of
     order = finalists._ordered(made.found.rule, [told.start, told.refined], made.found.best)
     assert made.found.chosen.name != told.refined.name or order[0] is told.refined
-    assert "refined" in json.loads((tmp_path / "out" / "front.json").read_text())["refinement"]["text"]
+    assert "refined" in json.loads((tmp_path / "out" / "front.json").read_text())["refinements"][0]["text"]
 
 
 @pytest.mark.parametrize("difference", [0.0, -0.5, None])
@@ -374,8 +375,8 @@ def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, t
     made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
     assert ("refined" in made.found.chosen.name) == (difference != -0.5)
     if difference is None:
-        assert made.found.refinement.accepted is None
-        assert "no prompt was judged both before and after" in str(made.found.refinement)
+        assert made.found.refinements[0].accepted is None
+        assert "no prompt was judged both before and after" in str(made.found.refinements[0])
 
 
 def broken(target: int, baseline: int, n: int = 10) -> Broken:
@@ -483,8 +484,53 @@ def test_a_refinement_that_loops_is_not_taken(done, pico_dir, tmp_path, monkeypa
         asked = recipe(done[0], refine=5, prompts=2, trials=6)
         made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
     assert ("refined" in made.found.chosen.name) != loops
-    assert made.found.refinement.confirmed != loops
-    assert ("0/4 → 4/4 of targets (at most 10%), 0/2 → 2/2 of baselines" in str(made.found.refinement)) == loops
+    (told,) = made.found.refinements
+    assert told.confirmed != loops
+    assert ("0/4 → 4/4 of targets (at most 10%), 0/2 → 2/2 of baselines" in str(told)) == loops
+
+
+def test_several_finalists_are_refined_to_kernels_and_what_is_not_confirmed_is_not_taken(
+    done, pico_dir, tmp_path, monkeypatch
+):
+    """The better half is not confirmed, so the other is taken, and its recipe holds the kernels that were judged."""
+    starts = []
+
+    def compare(before, after):
+        starts.append(before)
+        return SimpleNamespace(difference=len(starts) - 1.5, to_json=dict)
+
+    monkeypatch.setattr(finalists, "compare", compare)
+    order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    monkeypatch.setattr(finalists, "_ordered", order)
+    shutil.copy(done[0] / "out" / "study.log", tmp_path)
+    asked = recipe(done[0], refine=3, refine_from=2, refine_kernel=True, max_broken=1.0)
+    given = {"recipe": asked, "machine": MACHINE, "storage": tmp_path / "study.log"}
+    made = search(str(pico_dir("llama")), output=tmp_path / "out", **given)
+    first, second = made.found.refinements
+    assert first.start.name != second.start.name
+    assert (first.confirmed, second.confirmed) == (False, True)
+    assert made.found.chosen.name == second.refined.name
+    assert {first.refined.name, second.refined.name} < {p.name for p in made.found.points}
+    written = load(tmp_path / "out" / "recipe.toml")
+    for part in (written.edit.attention, written.edit.mlp):
+        assert isinstance(part, NormalKernel)
+    assert written.edit.mlp == second.refined.candidate.mlp
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory, 2 GiB"), UsageError("experts")])
+def test_what_cannot_be_refined_is_said_and_the_search_goes_on(monkeypatch, error):
+    def failing(*given, **named):
+        raise error
+
+    told = []
+    monkeypatch.setattr(finalists, "refine", failing)
+    monkeypatch.setattr(finalists, "note", told.append)
+    site = SimpleNamespace(recipe=Recipe(), session=None, scorer=None)
+    assert finalists._refined(site, point(1.0, 1), SimpleNamespace(held_out=())) == []
+    assert told == [f"x is not refined: {'experts' if isinstance(error, UsageError) else 'out of memory'}"]
+    error = ValueError("a mistake of ours")
+    with pytest.raises(ValueError, match="of ours"):
+        finalists._refined(site, point(1.0, 1), SimpleNamespace(held_out=()))
 
 
 def test_models_that_hold_other_weights_share_no_study(pico_dir, tmp_path):

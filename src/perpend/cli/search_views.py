@@ -77,8 +77,8 @@ def found(data: Data) -> View:
     yield Text(f"refusal by score, the untouched model's {untouched['refusal']:.3f}; {legend}", style="dim")
     correlation = data["correlation"]
     yield Text(correlation["text"], style="yellow" if correlation["poor"] else "dim")
-    if data.get("refinement"):
-        yield Text(printable(data["refinement"]["text"]), style="dim")
+    for refinement in data["refinements"]:
+        yield Text(printable(refinement["text"]), style="dim")
     chosen = data["chosen"]
     yield Text(f"chosen, {printable(data['rule'])}: {chosen['name']}: {chosen['words']}", style="bold")
     yield Text(printable(data["broken"]["text"]), style="" if data["broken"]["kept"] else "yellow")

@@ -42,8 +42,6 @@ from perpend.searching.study import ROUND, Outcome
 
 RESAMPLES = 2000
 """Of the prompts, for the intervals of a score: every trial has two."""
-LEAST = 256
-"""Padded tokens of a forward pass below which a batch is not halved again."""
 
 
 class Scorer:
@@ -91,9 +89,8 @@ class Scorer:
             "target": Sheet(session, [q.prompt for q in asked], [q.replies for q in asked]),
             "baseline": told,
         }
-        if self.room is not None:
-            for sheet in self.sheets.values():
-                sheet.plant(self.room)
+        if self.room is not None and not all(sheet.plant(self.room) for sheet in self.sheets.values()):
+            self.room = None
         (self.untouched,) = self._scored([Edit({})])
         if self.untouched.failed:
             raise RunFailed(self.untouched.failed)
@@ -188,25 +185,13 @@ class Scorer:
     # -------------------------------------------------------------------------------------------------- one edit
 
     def _alone(self, edit: Edit) -> Outcome:
-        """Score one edit in plain batches, halved as long as memory does not hold them."""
-        while True:
-            try:
-                told = self.sheets["baseline"].one_by_one(edit, divergence, base=True)
-                asked = self.sheets["target"].one_by_one(edit, likelihoods)
-                return outcome(log_odds(self.found.questions, asked[None])[0].tolist(), told.tolist())
-            except Exception as error:
-                if not (out_of_memory(error) and self._halved()):
-                    return Outcome(failed=reason(error))
-
-    def _halved(self) -> bool:
-        """Halve the batches of the session; False when they are as small as they get."""
-        budget = self.session.budget
-        if budget.forward <= LEAST:
-            return False
-        self.session.budget = replace(budget, forward=budget.forward // 2, logits=max(1, budget.logits // 2))
-        note(f"out of memory: going on with batches of {budget.forward // 2} tokens")
-        reclaim()
-        return True
+        """Score one edit in plain batches."""
+        try:
+            told = self.sheets["baseline"].one_by_one(edit, divergence, base=True)
+            asked = self.sheets["target"].one_by_one(edit, likelihoods)
+        except Exception as error:
+            return Outcome(failed=reason(error))
+        return outcome(log_odds(self.found.questions, asked[None])[0].tolist(), told.tolist())
 
 
 def log_odds(questions: Sequence[Question], found: Tensor) -> Tensor:

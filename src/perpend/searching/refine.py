@@ -10,6 +10,9 @@ with, over a few trees of prompts at a time, plus what holds λ:
   back reversed, and answers loop;
 - the *prior*: squared differences between neighbouring layers, since λ that jump fit the prompts they were found on.
 
+A step goes forward and backward through one tree at a time, whose activations are all that memory has to hold. Where it
+does not, the prompts of every tree are halved; a step reads the same prompts as before.
+
 Nothing is generated: what comes out is for the caller to confirm by generation, on other prompts. Those may be among
 the scorer's: what is held out is read by no step, and does not count where the best iterate is taken.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,12 +33,14 @@ from perpend.core.kernels import nearest_normal
 from perpend.core.kinds import Basis
 from perpend.core.linear import orthonormalise, working
 from perpend.core.schedule import PerLayer
-from perpend.errors import UsageError
+from perpend.errors import RunFailed, UsageError
+from perpend.models.batching import out_of_memory
+from perpend.models.memory import reclaim
 from perpend.models.offload import value_of
-from perpend.models.rows import Rows, Stack, per_row
+from perpend.models.rows import Planted, Rows, Stack, per_row
 from perpend.models.session import Session
 from perpend.models.writers import Writer
-from perpend.progress import track
+from perpend.progress import note, track
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer, log_odds
 from perpend.searching.objectives import divergence, likelihoods
@@ -113,6 +118,7 @@ def refine(
     Raises:
         UsageError: the model's edits cannot be rows of a batch; a refined direction of every layer's own or of a
             method that rewrites it layer by layer; a bound below 0; or no target that is not held out.
+        RunFailed: memory does not hold the activations of a single prompt.
     """
     if bound <= 0:
         raise UsageError(f"a bound of {bound:g} on the weight factors", valid="more than 0")
@@ -126,8 +132,7 @@ def refine(
     optimiser = torch.optim.Adam(work.groups(rate))
     batches = work.batches(seed)
     for step in track(range(1, steps + 1), "refine"):
-        optimiser.zero_grad()
-        torch.autograd.backward(work.loss(*next(batches), leash, smooth))
+        work.descend(*next(batches), leash, smooth)
         optimiser.step()
         work.hold()
         if step % CHECKS == 0 or step == steps:
@@ -158,6 +163,8 @@ class _Descent:
         self.session, self.scorer, self.candidate = session, scorer, candidate
         self._read = [k for k in range(len(scorer.found.questions)) if k not in held_out]
         self._trees = [k for k, (of, _) in enumerate(scorer.sheets["target"].trees) if self._kept(of)]
+        self._parts = {kind: [[tree] for tree in sheet.trees] for kind, sheet in scorer.sheets.items()}
+        """The trees of the sheets, each in as many parts as memory asks for."""
         if not self._read:
             raise UsageError("every target is held out", valid="some that the steps may read")
         everywhere = PerLayer(values=(1.0,) * session.n_layers)
@@ -193,6 +200,10 @@ class _Descent:
         matrix = None if mode == "plain" else writer.matrix(value_of(module, writer.parameter))
         return Geometry.of(matrix, directions, mode)
 
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [self.factors] if self.rows is None else [self.factors, self.rows]
+
     def groups(self, rate: float) -> list[dict[str, object]]:
         """Return the parameters for an optimiser."""
         found: list[dict[str, object]] = [{"params": [self.factors], "lr": rate}]
@@ -227,21 +238,87 @@ class _Descent:
         while True:
             yield next(deals[0]), next(deals[1])
 
-    def loss(self, targets: Sequence[int], baselines: Sequence[int], leash: float, smooth: float) -> Tensor:
-        """Return what is minimised, in nats."""
+    def descend(self, targets: Sequence[int], baselines: Sequence[int], leash: float, smooth: float) -> float:
+        """Set the gradient of what is minimised, and return what that is, in nats.
+
+        Args:
+            targets: Trees of targets.
+            baselines: Trees of baselines.
+            leash: Nats per token.
+            smooth: Weight of the prior.
+
+        Raises:
+            RunFailed: memory does not hold the activations of a single prompt.
+        """
+        sheets = self.scorer.sheets
+        n = sum(len(self._kept(sheets["target"].trees[k][0])) for k in targets)
+        m = sum(len(sheets["baseline"].trees[k][0]) for k in baselines)
+        refusal, down = self._summed("target", targets, self._refusals)
+        spent, up = self._summed("baseline", baselines, self._spent)
+        excess = spent / m / max(leash, 1e-6) - 1
+        prior = smooth * self.factors.diff(dim=1).square().mean() / self.bound**2
+        (even,) = torch.autograd.grad(prior, [self.factors])
+        pull = PULL / m / max(leash, 1e-6) if excess > 0 else 0.0
+        for parameter, less, more in zip(self._parameters, down, up, strict=True):
+            parameter.grad = less / n + pull * more
+            if parameter is self.factors:
+                parameter.grad += even
+        return refusal / n + PULL * max(0.0, excess) + float(prior.detach())
+
+    def _refusals(self, of: range, planted: Planted) -> Tensor:
+        """Return what is minimised of a tree of targets, summed over those that the steps read."""
         rows = Rows(self.session, self._stacks())
-        asked, told = self.scorer.sheets["target"], self.scorer.sheets["baseline"]
-        odds, spent = [], []
-        for k in targets:
-            of, planted = asked.trees[k]
-            found = together(planted, rows, likelihoods, False)
-            odds.append(log_odds(self.scorer.questions(of), found)[:, self._kept(of)])
-        for k in baselines:
-            spent.append(together(told.trees[k][1], rows, divergence, True))
-        refusal = nn.functional.softplus(torch.cat(odds, dim=1)).mean()
-        excess = (torch.cat(spent, dim=1).mean() / max(leash, 1e-6) - 1).clamp_min(0)
-        rough = self.factors.diff(dim=1).square().mean() / self.bound**2
-        return refusal + PULL * excess + smooth * rough.to(refusal.device)
+        odds = log_odds(self.scorer.questions(of), together(planted, rows, likelihoods, False))
+        return nn.functional.softplus(odds[:, self._kept(of)]).sum()
+
+    def _spent(self, of: range, planted: Planted) -> Tensor:
+        """Return the drift on a tree of baselines, summed over them."""
+        return together(planted, Rows(self.session, self._stacks()), divergence, True).sum()
+
+    def _summed(
+        self, kind: str, trees: Sequence[int], each: Callable[[range, Planted], Tensor]
+    ) -> tuple[float, list[Tensor]]:
+        """Return a sum over trees and its gradient; the activations of one part of a tree are held at a time."""
+        total, gradient = 0.0, [torch.zeros_like(parameter) for parameter in self._parameters]
+        for k in trees:
+            while (found := self._gradient(self._parts[kind][k], each)) is None:
+                self._halve(kind, k)
+            total += found[0]
+            gradient = [a + b for a, b in zip(gradient, found[1], strict=True)]
+        return total, gradient
+
+    def _gradient(
+        self, parts: Sequence[tuple[range, Planted]], each: Callable[[range, Planted], Tensor]
+    ) -> tuple[float, list[Tensor]] | None:
+        """Return a sum over the parts of a tree and its gradient; None where memory does not hold one."""
+        total, gradient = 0.0, [torch.zeros_like(parameter) for parameter in self._parameters]
+        try:
+            for of, planted in parts:
+                value = each(of, planted)
+                made = torch.autograd.grad(value, self._parameters)
+                total, gradient = total + float(value.detach()), [a + b for a, b in zip(gradient, made, strict=True)]
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
+        return total, gradient
+
+    def _halve(self, kind: str, tree: int) -> None:
+        """Halve the prompts of every part of every tree, where a part has several.
+
+        Raises:
+            RunFailed: the tree that memory does not hold is in parts of one prompt already.
+        """
+        reclaim()
+        before = len(self._parts[kind][tree])
+        for name, trees in self._parts.items():
+            sheet = self.scorer.sheets[name]
+            for parts in trees:
+                parts[:] = [half for part in parts for half in sheet.halves(part[0]) or [part]]
+        if len(self._parts[kind][tree]) == before:
+            raise RunFailed("out of memory on a single prompt", hint="--refine 0, or a smaller dtype")
+        longest = max(len(part[1].tree) for trees in self._parts.values() for parts in trees for part in parts)
+        note(f"out of memory: going on with trees of {longest} tokens")
 
     def _kept(self, of: range) -> list[int]:
         """Return the places, within a tree, of the targets that the steps read."""

@@ -4,12 +4,17 @@ The quick way puts the sequences into trees and the edits into the rows of one b
 model reads a tree as it reads plain text is not looked up but tried, once, on a few sequences and edits that change
 much; where it does not, or where an edit cannot be one row of many, edits are read one after the other under
 `session.edited`.
+
+Where memory does not hold what is read together, fewer rows go together, then each alone, in batches that are halved;
+trees that it does not hold are made smaller.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,9 +22,13 @@ from torch import Tensor
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.core.linear import orthonormalise
 from perpend.data import Prompt
+from perpend.errors import RunFailed
+from perpend.models.batching import out_of_memory
+from perpend.models.memory import reclaim
 from perpend.models.rows import Planted, Rows, joints, per_row
-from perpend.models.session import Session
+from perpend.models.session import Batch, Session
 from perpend.models.tree import Said, plant
+from perpend.progress import note
 from perpend.searching.objectives import Tokens, likelihoods
 
 Reduce = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -30,6 +39,10 @@ LONGEST = 512
 """Most tokens of a tree: beyond, attention to what is not seen costs more than a shared beginning saves."""
 LONGEST_GPU = 2048
 """Likewise on a GPU, which is hardly busy with fewer."""
+SMALLEST = 64
+"""Tokens of a tree, at least, unless a prompt needs more."""
+LEAST = 256
+"""Padded tokens of a forward pass below which a batch is not halved again."""
 EXACT, ROUNDED = 1e-3, 0.1
 """Nats per token by which both ways may differ, in float32 and in a half type, whose logits differ with any batch."""
 
@@ -49,7 +62,7 @@ class Room:
     def tokens(self, session: Session) -> int:
         """Return the tokens of a tree."""
         longest = LONGEST if session.device.type == "cpu" else LONGEST_GPU
-        return min(longest, max(64, session.budget.forward // self.rows))
+        return min(longest, max(SMALLEST, session.budget.forward // self.rows))
 
     def columns(self, session: Session) -> int:
         """Return the tokens of a tree whose logits are read."""
@@ -84,29 +97,81 @@ class Sheet:
     def __len__(self) -> int:
         return len(self._tails)
 
-    def plant(self, room: Room) -> None:
-        """Put the sequences into trees, and run the untouched model over them."""
-        first = 0
-        for where, tree in plant(self._groups, room.tokens(self.session), room.columns(self.session)):
-            last = first + sum(self.sizes[k] for k in where)
+    def plant(self, room: Room) -> bool:
+        """Put the sequences into trees, and run the untouched model over them.
+
+        Returns:
+            Whether memory holds them, if need be in smaller ones than `room` says; if not, there are none.
+        """
+        tokens, columns = room.tokens(self.session), room.columns(self.session)
+        while not self._planted(tokens, columns, room.at):
+            reclaim()
+            if tokens <= SMALLEST:
+                note("out of memory: edits go one after the other")
+                return False
+            tokens, columns = max(SMALLEST, tokens // 2), max(1, columns // 2)
+            note(f"out of memory: going on with trees of {tokens} tokens")
+        return True
+
+    def _planted(self, tokens: int, columns: int, at: Sequence[int]) -> bool:
+        ends = list(accumulate(self.sizes, initial=0))
+        try:
+            for where, tree in plant(self._groups, tokens, columns):
+                planted = Planted.of(self.session, tree)
+                planted.read(self.session, at)
+                self.trees.append((range(ends[where.start], ends[where.stop]), planted))
+        except Exception as error:
+            self.trees.clear()
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def halves(self, of: range) -> list[tuple[range, Planted]]:
+        """Return the trees of both halves of some prompts, for rows that join at the first layer.
+
+        Args:
+            of: The sequences of a tree, counted over all. Those of a single prompt stay together: there are no halves.
+        """
+        ends = list(accumulate(self.sizes, initial=0))
+        own = [k for k, first in enumerate(ends[:-1]) if of.start <= first < of.stop]
+        middle, found = len(own) // 2, list[tuple[range, Planted]]()
+        for half in (own[:middle], own[middle:]) if middle else ():
+            ((_, tree),) = plant([self._groups[k] for k in half], sys.maxsize, sys.maxsize)
             planted = Planted.of(self.session, tree)
-            planted.read(self.session, room.at)
-            self.trees.append((range(first, last), planted))
-            first = last
+            planted.read(self.session, (0,))
+            found.append((range(ends[half[0]], ends[half[-1] + 1]), planted))
+        return found
 
     def one_by_one(self, edit: Edit | None, reduce: Reduce, base: bool = False) -> Tensor:
         """Return what `reduce` makes of every sequence under one edit, `[n]`, in plain batches.
+
+        Batches that memory does not hold are halved, and stay so for whatever the session reads afterwards.
 
         Args:
             edit: What is put in place.
             reduce: Gets the sequences of a batch as columns one after the other.
             base: Whether `reduce` looks at the untouched model.
+
+        Raises:
+            RunFailed: a batch that is not halved again does not fit into memory.
         """
-        found = torch.zeros(len(self))
         own, untouched = self.session.under(edit), self.session.under(None)
+        while True:
+            try:
+                return self._alone(own, untouched if base else None, reduce)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            _halve(self.session)
+
+    def _alone(
+        self, own: Callable[[Batch], Tensor], untouched: Callable[[Batch], Tensor] | None, reduce: Reduce
+    ) -> Tensor:
+        found = torch.zeros(len(self))
         with torch.no_grad():
             for batch in self.session.batches(self._prompts, self._tails):
-                rows = [own(batch), untouched(batch)] if base else [own(batch)]
+                rows = [own(batch)] if untouched is None else [own(batch), untouched(batch)]
                 width = batch.tokens.shape[1]
                 places = [
                     torch.arange(n) + row * width for row, n in enumerate(len(self._tails[k]) for k in batch.index)
@@ -125,6 +190,22 @@ class Sheet:
         return Sheet(self.session, prompts, [self._tails[firsts[k] : firsts[k] + self.sizes[k]][:2] for k in chosen])
 
 
+def _halve(session: Session) -> None:
+    """Halve the batches of a session.
+
+    Raises:
+        RunFailed: they are as small as they get.
+    """
+    budget = session.budget
+    if budget.rows == 1 or (budget.rows is None and budget.forward <= LEAST):
+        raise RunFailed("out of memory with the smallest batch", hint="shorter prompts or a smaller dtype")
+    rows = None if budget.rows is None else budget.rows // 2
+    smaller = replace(budget, forward=budget.forward // 2, logits=max(1, budget.logits // 2), rows=rows)
+    session.budget = smaller
+    note(f"out of memory: going on with batches of {rows or smaller.forward} {'rows' if rows else 'tokens'}")
+    reclaim()
+
+
 def together(planted: Planted, rows: Rows, reduce: Reduce, base: bool) -> Tensor:
     """Return what `reduce` makes of the sequences of a tree under all edits: `[R, n]`. Differentiable."""
     return reduce(rows.logits(planted, base), planted.tree.places, planted.tree.tails)
@@ -140,17 +221,35 @@ def read(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room | None,
         room: How edits go together; None when they do not.
         base: Whether `reduce` looks at the untouched model.
     """
-    if room is None or not all(per_row(sheet.session.anatomy, edit) for edit in edits):
+    alone = room is None or not all(per_row(sheet.session.anatomy, edit) for edit in edits)
+    if room is None or alone or not (sheet.trees or sheet.plant(room)):
         return torch.stack([sheet.one_by_one(edit, reduce, base) for edit in edits])
-    if not sheet.trees:
-        sheet.plant(room)
-    found = []
-    for first in range(0, len(edits), room.rows):
-        rows = Rows.of(sheet.session, edits[first : first + room.rows], room.at)
-        with torch.no_grad():
-            parts = [together(planted, rows, reduce, base) for _, planted in sheet.trees]
-        found.append(torch.cat(parts, dim=1).cpu())
+    found, left, rows = list[Tensor](), list(edits), room.rows
+    while left:
+        some = left[:rows]
+        try:
+            found.append(_in_rows(sheet, some, reduce, room, base))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            left = left[len(some) :]
+            continue
+        reclaim()
+        if len(some) > 1:
+            rows = len(some) // 2
+            note(f"out of memory with {len(some)} edits: going on with {rows}")
+        else:
+            found.append(sheet.one_by_one(left.pop(0), reduce, base)[None])
     return torch.cat(found)
+
+
+def _in_rows(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room, base: bool) -> Tensor:
+    """Return what `reduce` makes of every sequence in trees under edits that go together, `[R, n]`."""
+    rows = Rows.of(sheet.session, edits, room.at)
+    with torch.no_grad():
+        parts = [together(planted, rows, reduce, base) for _, planted in sheet.trees]
+    return torch.cat(parts, dim=1).cpu()
 
 
 def find_room(sheet: Sheet, rows: int) -> Room | None:
@@ -177,7 +276,9 @@ def find_room(sheet: Sheet, rows: int) -> Room | None:
 def _agrees(few: Sheet, room: Room, edits: Sequence[Edit], alone: Tensor, allowed: float) -> bool:
     few.trees.clear()
     try:
-        found = read(few, edits, likelihoods, room)
+        if not few.plant(room):
+            return False
+        found = _in_rows(few, edits, likelihoods, room, False)
     except Exception:  # a tree, or rows that join later, are more than this model's own code takes
         return False
     lengths = torch.tensor([len(tail) for tail in few._tails])

@@ -18,6 +18,8 @@ from perpend.errors import PerpendError, RunFailed, UsageError
 from perpend.fitting.behaviour import Behaviour
 from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
+from perpend.models.batching import out_of_memory
+from perpend.models.memory import reclaim
 from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.front import CEILING, Pair, Rule
@@ -109,8 +111,8 @@ class Found:
     n_layers: int
     bar: Bar
     """How many replies may be broken."""
-    refinement: Refinement | None = None
-    """None where there was none."""
+    refinements: tuple[Refinement, ...] = ()
+    """One for each finalist of which gradient steps made another candidate."""
 
     @property
     def met(self) -> bool:
@@ -146,7 +148,7 @@ class Found:
             "untouched": dict(self.untouched),
             "chosen": self.chosen.to_json(self.n_layers),
             "broken": {**self.bar.to_json(), "kept": _excess(self.chosen, self.bar) <= 0, "text": self.broken},
-            "refinement": self.refinement.to_json() if self.refinement else None,
+            "refinements": [refinement.to_json() for refinement in self.refinements],
             "study": dict(self.study),
             "points": self.front,
         }
@@ -184,15 +186,13 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
         return found
 
     finalists = _judged(rule, points, search.finalists * (2 if correlation.poor else 1), best, bar, fully)
-    start = _taken(rule, finalists, best, bar)
-    refined = [fully(point) for point in _refined(site, start, replies)]
-    finalists += refined
-    refinement = None
-    if refined:
-        refinement = _refinement(start, refined[0], bar, replies)
-        note(str(refinement))
-    fit = finalists[:-1] if refinement is not None and not refinement.confirmed else finalists
-    chosen = _taken(rule, fit, best, bar)
+    refinements = []
+    for start in _starts(rule, finalists, best, bar)[: search.refine_from]:
+        for point in _refined(site, start, replies):
+            refinements.append(_refinement(start, fully(point), bar, replies))
+            note(str(refinements[-1]))
+    chosen = _taken(rule, [*finalists, *(r.refined for r in refinements if r.confirmed)], best, bar)
+    finalists += [r.refined for r in refinements]
     known = {p.name: p for p in [*(_point(t, True, site) for t in on_front), *points, *finalists]}
     found = Found(
         points=tuple(sorted(known.values(), key=lambda p: p.outcome.drift)),
@@ -206,7 +206,7 @@ def choose(site: Site, why: str, panel: Panel, stores: Stores, tell: Tell) -> Fo
         study=_study(site),
         n_layers=site.session.n_layers,
         bar=bar,
-        refinement=refinement,
+        refinements=tuple(refinements),
     )
     note(found.broken)
     if not found.met:
@@ -246,6 +246,12 @@ def _nothing(view: View, why: str) -> RunFailed:
     return RunFailed(none + (f": {told}" if told else ""), hint="more --trials")
 
 
+def _starts(rule: Rule, finalists: Sequence[Point], best: float, bar: Bar) -> list[Point]:
+    """Return the finalists from the one that would be taken: those that keep to the bar, then the least broken."""
+    order = _ordered(rule, finalists, best)
+    return sorted(order, key=lambda point: _excess(point, bar))
+
+
 def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     """Return the refined candidate, if the recipe asks for one, the model allows it and it is another."""
     search = site.recipe.search
@@ -259,11 +265,18 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
             start.candidate,
             steps=search.refine,
             max_drift=leash,
+            kernel=search.refine_kernel,
             held_out=replies.held_out,
             seed=site.recipe.seed,
         )
-    except PerpendError as error:
-        note(f"not refined: {error}")
+    except Exception as error:
+        full = out_of_memory(error)
+        if not full and not isinstance(error, PerpendError):
+            raise
+        note(f"{start.name} is not refined: {'out of memory' if full else error}")
+        found = None
+    if found is None:
+        reclaim()  # out of the handler, whose traceback holds what memory was full of
         return []
     if found.candidate == start.candidate:
         note(f"{search.refine} gradient steps found nothing better than {start.name}")

@@ -239,8 +239,9 @@ def candidate_replies(recipe: Recipe, splits: Splits) -> tuple[int, int]:
     """Return how many replies the candidates of a search give, short ones and those at full length."""
     search, targets = recipe.search, len(splits.select.target)
     read = targets + min(search.prompts, len(splits.select.baseline))
+    refined = min(search.refine_from, search.finalists) if search.refine else 0
     replying = search.survivors + OTHERS + search.survivors // 2
-    return replying * min(search.prompts, targets), (search.finalists + bool(search.refine)) * read
+    return replying * min(search.prompts, targets), (search.finalists + refined) * read
 
 
 def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
