@@ -76,7 +76,8 @@ class Budget:
         self._ends = math.inf if self._minutes is None else began + 60 * self._minutes
         self._open = max(0.0, self._ends - time.monotonic())
         self._after = None if pace is None else loading + after_trials(site.recipe, site.splits, pace)
-        self._steps, self._trial = site.recipe.search.refine, 0.0
+        search = site.recipe.search
+        self._steps, self._trial = search.refine * min(search.refine_from, search.finalists), 0.0
 
     def saw(self, view: View) -> None:
         """Learn from the trials how long a step of refinement takes."""
