@@ -122,7 +122,7 @@ def test_what_cannot_be_a_row_of_many_goes_alone_and_is_worth_the_same(pico_dir,
     one = made(pico_dir(family))
     assert (one.room is not None) == together
     went, before = [], Scorer._alone
-    monkeypatch.setattr(Scorer, "_alone", lambda self, edit: (went.append(1), before(self, edit))[1])
+    monkeypatch.setattr(Scorer, "_alone", lambda self, edit, rivals: (went.append(1), before(self, edit))[1])
     some = [candidate(0.1), replace(candidate(0.1), mode="column")]
     for found, each in zip(one.score(some), some, strict=True):
         assert (found.refusal, found.drift) == pytest.approx(alone(one, each), abs=1e-4)
@@ -188,6 +188,37 @@ def test_a_candidate_that_cannot_reach_the_front_leaves_the_batch_whatever_the_b
     assert one.score(some, rivals=[replace(rival, drift=9.0)]) == whole
 
 
+def test_what_goes_alone_is_raced_as_in_a_batch_and_the_untouched_model_is_read_once(pico_dir, monkeypatch):
+    one = small(pico_dir("llama"), 200)
+    some = [candidate(w) for w in (0.0, 0.3, 0.02, 0.4, 0.1)]
+    whole = one.score(some)
+    target = max(whole, key=lambda o: -1 if o.dropped else o.drift)
+    lower = tuple(x - 9 for x in target.per_target)
+    rival = replace(whole[0], drift=0.0, refusal=target.refusal - 9, per_target=lower)
+    raced, passes, logits = one.score(some, rivals=[rival]), [], Session.logits
+    one.room = None
+
+    def counted(self, batch):
+        passes.append((tuple(batch.index), self._edited))
+        return logits(self, batch)
+
+    monkeypatch.setattr(Session, "logits", counted)
+    found = one.score(some, rivals=[rival])
+    dropped = [o.dropped for o in found]
+    assert dropped == [o.dropped for o in raced]
+    assert any(told and "after 12 of 24" in told for told in dropped)
+    for own, true in zip(found, raced, strict=True):
+        assert (own.refusal, own.drift) == pytest.approx((true.refusal, true.drift), abs=1e-4)
+    untouched = [index for index, edited in passes if not edited]
+    assert len(untouched) == len(set(untouched))
+    assert {k for index in untouched for k in index} == set(range(24))
+    passes.clear()
+    first = one.score([some[3]], rivals=[rival])[0]
+    assert first.dropped
+    assert max(k for index, _ in passes for k in index) < sum(one.sheets["target"].sizes[:12])
+    assert all(edited for _, edited in passes)
+
+
 def test_what_fails_in_a_batch_fails_alone(scorer, monkeypatch):
     some = [candidate(0.1), candidate(0.2)]
     whole, before = scorer.score(some), Scorer._alone
@@ -195,7 +226,7 @@ def test_what_fails_in_a_batch_fails_alone(scorer, monkeypatch):
     def failing(self, edits, rivals):
         raise UsageError("column mode needs plain weights")
 
-    def alone_but_first(self, edit):
+    def alone_but_first(self, edit, rivals):
         first = next(iter(edit.modules.values())).weight == 0.1
         return forward.Outcome(failed="this one") if first else before(self, edit)
 

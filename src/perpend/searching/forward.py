@@ -36,7 +36,7 @@ from perpend.progress import note
 from perpend.searching.candidate import Candidate
 from perpend.searching.objectives import Question, divergence, likelihoods
 from perpend.searching.openings import Found, find
-from perpend.searching.racing import NOT_FINITE, Race
+from perpend.searching.racing import LOOK, NOT_FINITE, Race
 from perpend.searching.sheets import Sheet, find_room, together
 from perpend.searching.study import ROUND, Outcome
 
@@ -132,7 +132,7 @@ class Scorer:
                 outcomes[k] = Outcome(failed=reason(error))
         quick = [k for k, edit in edits.items() if self.room is not None and per_row(self.session.anatomy, edit)]
         outcomes |= zip(quick, self._scored([edits[k] for k in quick], rivals), strict=True)
-        outcomes |= ((k, self._alone(edit)) for k, edit in edits.items() if k not in quick)
+        outcomes |= ((k, self._alone(edit, rivals)) for k, edit in edits.items() if k not in quick)
         return [self._judged(outcomes[k]) for k in range(len(candidates))]
 
     def _judged(self, outcome: Outcome) -> Outcome:
@@ -147,7 +147,7 @@ class Scorer:
     def _scored(self, edits: Sequence[Edit], rivals: Sequence[Outcome] = ()) -> list[Outcome]:
         """Score edits, as many together as memory allows."""
         if self.room is None:
-            return [self._alone(edit) for edit in edits]
+            return [self._alone(edit, rivals) for edit in edits]
         done, rows = list[Outcome](), self.room.rows
         while len(done) < len(edits):
             some = edits[len(done) : len(done) + rows]
@@ -159,7 +159,7 @@ class Scorer:
                     note(f"out of memory with {len(some)} candidates: going on with {rows}")
                     reclaim()
                 else:  # one of them, or the batch: each shows by itself
-                    done += [self._alone(edit) for edit in some]
+                    done += [self._alone(edit, rivals) for edit in some]
         return done
 
     def _together(self, edits: Sequence[Edit], rivals: Sequence[Outcome]) -> list[Outcome]:
@@ -184,14 +184,25 @@ class Scorer:
 
     # -------------------------------------------------------------------------------------------------- one edit
 
-    def _alone(self, edit: Edit) -> Outcome:
-        """Score one edit in plain batches."""
+    def _alone(self, edit: Edit, rivals: Sequence[Outcome] = ()) -> Outcome:
+        """Score one edit in plain batches, a few prompts at a time; what is dropped is not read to the end."""
+        race = Race(1, self.prompts["target"], self.prompts["baseline"], rivals)
         try:
-            told = self.sheets["baseline"].one_by_one(edit, divergence, base=True)
-            asked = self.sheets["target"].one_by_one(edit, likelihoods)
+            own = self.session.under(edit)
+            for first in range(0, max(self.prompts.values()), LOOK):
+                asked, told = (range(n)[first : first + LOOK] for n in self.prompts.values())
+                if asked:
+                    found = self.sheets["target"].part(own, likelihoods, asked)
+                    questions = self.found.questions[asked.start : asked.stop]
+                    race.add(race.odds, log_odds(questions, found[None]).tolist())
+                if told:
+                    spent = self.sheets["baseline"].part(own, divergence, told, base=True)
+                    race.add(race.drift, [spent.tolist()])
+                if not race.look():
+                    break
         except Exception as error:
             return Outcome(failed=reason(error))
-        return outcome(log_odds(self.found.questions, asked[None])[0].tolist(), told.tolist())
+        return race.dropped.get(0) or outcome(race.odds[0], race.drift[0])
 
 
 def log_odds(questions: Sequence[Question], found: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from perpend.data import Prompt
 from perpend.errors import RunFailed
 from perpend.models.batching import out_of_memory
 from perpend.models.memory import reclaim
+from perpend.models.recall import Recalled
 from perpend.models.rows import Planted, Rows, joints, per_row
 from perpend.models.session import Batch, Session
 from perpend.models.tree import Said, plant
@@ -34,6 +35,9 @@ from perpend.searching.objectives import Tokens, likelihoods
 Reduce = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """From logits `[R, P, V]` of R edits, or `[R + 1, P, V]` with the untouched model last where it looks at that, and from
 the columns and tokens of n sequences, to `[R, n]`."""
+
+Logits = Callable[[Batch], Tensor]
+"""From a batch to the logits of its continuations, as `Session.under` gives it."""
 
 LONGEST = 512
 """Most tokens of a tree: beyond, attention to what is not seen costs more than a shared beginning saves."""
@@ -93,6 +97,7 @@ class Sheet:
             for ids, each in zip(session.chat.encode(prompts), tails, strict=True)
         ]
         self.trees: list[tuple[range, Planted]] = []
+        self._untouched: Recalled | None = None
 
     def __len__(self) -> int:
         return len(self._tails)
@@ -146,8 +151,6 @@ class Sheet:
     def one_by_one(self, edit: Edit | None, reduce: Reduce, base: bool = False) -> Tensor:
         """Return what `reduce` makes of every sequence under one edit, `[n]`, in plain batches.
 
-        Batches that memory does not hold are halved, and stay so for whatever the session reads afterwards.
-
         Args:
             edit: What is put in place.
             reduce: Gets the sequences of a batch as columns one after the other.
@@ -156,29 +159,51 @@ class Sheet:
         Raises:
             RunFailed: a batch that is not halved again does not fit into memory.
         """
-        own, untouched = self.session.under(edit), self.session.under(None)
+        return self.part(self.session.under(edit), reduce, range(len(self.sizes)), base)
+
+    def part(self, own: Logits, reduce: Reduce, prompts: range, base: bool = False) -> Tensor:
+        """Return what `reduce` makes of the sequences of some prompts, `[n]`, in plain batches.
+
+        Batches that memory does not hold are halved, and stay so for whatever the session reads afterwards. The logits
+        of the untouched model are kept from one call to the next, where there is room.
+
+        Args:
+            own: What `Session.under` gives for an edit.
+            reduce: Gets the sequences of a batch as columns one after the other.
+            prompts: Which prompts, by their place.
+            base: Whether `reduce` looks at the untouched model.
+
+        Raises:
+            RunFailed: a batch that is not halved again does not fit into memory.
+        """
+        ends = list(accumulate(self.sizes, initial=0))
+        some = range(ends[prompts.start], ends[prompts.stop])
         while True:
             try:
-                return self._alone(own, untouched if base else None, reduce)
+                return self._alone(own, reduce, some, base)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
+            self._untouched = None
             _halve(self.session)
 
-    def _alone(
-        self, own: Callable[[Batch], Tensor], untouched: Callable[[Batch], Tensor] | None, reduce: Reduce
-    ) -> Tensor:
-        found = torch.zeros(len(self))
+    def _alone(self, own: Logits, reduce: Reduce, some: range, base: bool) -> Tensor:
+        found, models = torch.zeros(len(some)), [own]
+        if base:
+            self._untouched = self._untouched or Recalled(self.session)
+            models.append(self._untouched)
+        sequences = self._prompts[some.start : some.stop], self._tails[some.start : some.stop]
         with torch.no_grad():
-            for batch in self.session.batches(self._prompts, self._tails):
-                rows = [own(batch)] if untouched is None else [own(batch), untouched(batch)]
+            for part in self.session.batches(*sequences):
+                batch = replace(part, index=[some[k] for k in part.index])  # as the logits are kept
+                rows = [model(batch) for model in models]
                 width = batch.tokens.shape[1]
                 places = [
                     torch.arange(n) + row * width for row, n in enumerate(len(self._tails[k]) for k in batch.index)
                 ]
                 tails = [torch.tensor(self._tails[k]) for k in batch.index]
                 logits = torch.stack([r.flatten(0, 1) for r in rows])
-                found[batch.index] = reduce(logits, places, tails)[0].cpu()
+                found[part.index] = reduce(logits, places, tails)[0].cpu()
         return found
 
     def some(self) -> Sheet:
