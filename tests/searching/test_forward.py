@@ -17,8 +17,9 @@ from perpend.core.schedule import Band, Constant
 from perpend.errors import RunFailed, UsageError
 from perpend.fitting.layers import Probe
 from perpend.models.load import load_model
+from perpend.models.recall import Recalled
 from perpend.models.session import Session
-from perpend.searching import forward
+from perpend.searching import forward, sheets
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer, likelihoods
 
@@ -195,28 +196,31 @@ def test_what_goes_alone_is_raced_as_in_a_batch_and_the_untouched_model_is_read_
     target = max(whole, key=lambda o: -1 if o.dropped else o.drift)
     lower = tuple(x - 9 for x in target.per_target)
     rival = replace(whole[0], drift=0.0, refusal=target.refusal - 9, per_target=lower)
-    raced, passes, logits = one.score(some, rivals=[rival]), [], Session.logits
+    raced, logits, passes, untouched = one.score(some, rivals=[rival]), Session.logits, [], []
     one.room = None
 
-    def counted(self, batch):
-        passes.append((tuple(batch.index), self._edited))
-        return logits(self, batch)
+    class Counted(Recalled):
+        def __init__(self, session):
+            super().__init__(session)
+            inner = self._logits
+            self._logits = lambda batch: (untouched.append(tuple(batch.index)), inner(batch))[1]
 
-    monkeypatch.setattr(Session, "logits", counted)
+    monkeypatch.setattr(sheets, "Recalled", Counted)
+    monkeypatch.setattr(Session, "logits", lambda self, batch: (passes.append(batch.index), logits(self, batch))[1])
     found = one.score(some, rivals=[rival])
     dropped = [o.dropped for o in found]
     assert dropped == [o.dropped for o in raced]
     assert any(told and "after 12 of 24" in told for told in dropped)
     for own, true in zip(found, raced, strict=True):
         assert (own.refusal, own.drift) == pytest.approx((true.refusal, true.drift), abs=1e-4)
-    untouched = [index for index, edited in passes if not edited]
-    assert len(untouched) == len(set(untouched))
-    assert {k for index in untouched for k in index} == set(range(24))
+    assert sorted(k for index in untouched for k in index) == list(range(12))
+    one.score([some[0]])
+    assert sorted(k for index in untouched for k in index) == list(range(24))
     passes.clear()
-    first = one.score([some[3]], rivals=[rival])[0]
-    assert first.dropped
-    assert max(k for index, _ in passes for k in index) < sum(one.sheets["target"].sizes[:12])
-    assert all(edited for _, edited in passes)
+    untouched.clear()
+    assert one.score([some[3]], rivals=[rival])[0].dropped
+    assert max(k for index in passes for k in index) < sum(one.sheets["target"].sizes[:12])
+    assert not untouched
 
 
 def test_what_fails_in_a_batch_fails_alone(scorer, monkeypatch):
