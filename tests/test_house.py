@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     ("_version", "errors", "escape", "progress", "units", "whole"),
     ("core",),
-    ("complaints", "refs", "config"),
+    ("complaints", "refs", "config", "options"),
     ("data",),
     ("models",),
     ("judges", "drift"),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from perpend.cli.flags import FLAGS
+from perpend.cli.flags import FLAGS, completions
 from perpend.cli.main import main
 from perpend.config import Machine, Recipe
 
@@ -65,7 +65,7 @@ def test_what_is_completed_is_accepted():
     for flag in FLAGS.values():
         if flag.kind is bool or flag.names[0] == "--set" or not (flag.key or flag.machine):
             continue
-        for choice in flag._completions(""):
+        for choice in completions(flag, ""):
             root, path = (Machine, [flag.machine]) if flag.machine else (Recipe, flag.key.split("."))
             data: dict = {}
             inner = data

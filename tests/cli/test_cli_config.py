@@ -26,7 +26,9 @@ OTHER = {
 
 
 @pytest.mark.parametrize("data", [{}, OTHER], ids=["default", "other"])
-@pytest.mark.parametrize("write", [commented, lambda recipe: config_show(recipe).text], ids=["commented", "plain"])
+@pytest.mark.parametrize(
+    "write", [commented, lambda recipe: config_show(recipe=recipe).text], ids=["commented", "plain"]
+)
 def test_what_is_written_reads_back_the_same(data, write, tmp_path):
     recipe = build(Recipe, data, "test")
     path = tmp_path / "recipe.toml"
@@ -86,7 +88,7 @@ def test_init_writes_a_file_once(cli, tmp_path):
     assert again.code == 2
     assert "exists" in again.err
     with pytest.raises(UsageError, match="exists"):
-        config_init(tmp_path / "deep" / "recipe.toml")
+        config_init(output=tmp_path / "deep" / "recipe.toml")
 
 
 def test_init_without_a_file_prints_it(cli):

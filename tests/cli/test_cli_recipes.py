@@ -51,8 +51,8 @@ def test_commands_on_a_page_are_commands(page):
         command.make_context(words[1], rest, resilient_parsing=False)
 
 
-SMALL = """"limit": 4}, "fit": {"filter": False, "layer": 1}, "export": {"gate_prompts": 1}, "eval": {
-    "classifier": "none", "max_new_tokens": 2, "drift_tokens": 2, "control_prompts": 0}"""
+SMALL = """limit=4, set=["fit.filter=false", "fit.layer=1", "export.gate_prompts=1", "eval.classifier='none'",
+    "eval.max_new_tokens=2", "eval.drift_tokens=2", "eval.control_prompts=0"]"""
 
 
 def test_the_python_on_the_pages_runs_on_a_small_model(pico_dir, tmp_path, monkeypatch, capsys):
@@ -63,7 +63,7 @@ def test_the_python_on_the_pages_runs_on_a_small_model(pico_dir, tmp_path, monke
         )
         assert len(blocks) == 2
         for block in blocks:
-            text = block.replace("google/gemma-3-1b-it", str(pico_dir("llama"))).replace('"limit": 64}', SMALL)
+            text = block.replace("google/gemma-3-1b-it", str(pico_dir("llama"))).replace("limit=64", SMALL)
             exec(compile(text, page, "exec"), {})
     said = capsys.readouterr().out
     assert "hybrid ['refuse']" in said
@@ -76,7 +76,7 @@ def test_the_page_of_functions_gives_their_signatures():
     assert set(told) == {name for name in perpend.__all__ if isfunction(getattr(perpend, name))}
     for name, arguments in told.items():
         scope: dict[str, Any] = {}
-        exec(f"def told({arguments.replace('…', 'recipe=None, machine=None')}): pass", scope)
+        exec(f"def told({arguments.replace('…', 'recipe=None, machine=None, **options')}): pass", scope)
         page_says, is_so = (
             {p.name: (p.kind, p.default) for p in signature(f).parameters.values()}
             for f in (scope["told"], getattr(perpend, name))

@@ -44,7 +44,7 @@ def test_before_and_after_on_the_same_questions(pico_dir, tmp_path, tasks):
     fit(model, output=tmp_path / "edit", recipe=a_recipe(tmp_path), machine=MACHINE)
     given = {"tasks": ["colours"], "include": tasks, "machine": MACHINE}
     made = bench(model, edit=tmp_path / "edit", output=tmp_path / "out", **given)
-    alone = bench(model, limit=5, **given)
+    alone = bench(model, questions=5, **given)
     planned = bench(model, edit=tmp_path / "edit", dry_run=True, output=tmp_path / "none", **given)
     assert planned.to_json()["forecast"]["edited_modules"] > 0
     assert not (tmp_path / "none").exists()

@@ -69,7 +69,7 @@ def test_an_edited_model_that_passed_its_gate_is_kept(tmp_path, error):
 
 def test_what_a_recipe_says_is_done_and_what_it_does_not_say_is_the_demos_own():
     def asked(text: str) -> tuple[float, float, str, int]:
-        made = demo_recipe(Recipe.model_validate(tomllib.loads(text)), None)
+        made = demo_recipe(Recipe.model_validate(tomllib.loads(text)))
         return made.edit.attention.peak_weight, made.edit.mlp.peak_weight, made.eval.classifier, made.prompts.limit
 
     usual = (demos.PEAK, demos.PEAK, "perpend:small", demos.LIMIT)

@@ -129,13 +129,13 @@ def test_q4_0_is_made_by_the_quantiser_from_bf16(case, tmp_path):
     binary.parent.mkdir(parents=True)
     binary.write_text(f'#!/bin/sh\ncp "$1" "$2" && echo $3 > {folder}/asked\n')
     binary.chmod(0o755)
-    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", kind="q4_0", llama_cpp=folder)
+    made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", type="q4_0", llama_cpp=folder)
     assert len(made.commands) == 2
     assert (folder / "asked").read_text() == "q4_0\n"
     assert made.leak
     binary.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
     with pytest.raises(RunFailed, match="exit code 3: it is broken"):
-        perpend.export_gguf(tmp_path / "out", output=tmp_path / "again.gguf", kind="q4_0", llama_cpp=folder)
+        perpend.export_gguf(tmp_path / "out", output=tmp_path / "again.gguf", type="q4_0", llama_cpp=folder)
     assert not list(tmp_path.glob("*again*"))
 
 
@@ -159,13 +159,13 @@ def test_a_missing_original_leaves_the_weight_factors_unmeasured(case, tmp_path,
 def test_what_cannot_be_is_refused(case, tmp_path):
     for asked, said in (
         ({"output": "out2"}, "not the name of a GGUF file"),
-        ({"kind": "q3_k"}, "unknown type"),
-        ({"kind": "q8_0", "base": "base.gguf"}, "types are those of the base"),
+        ({"type": "q3_k"}, "unknown type"),
+        ({"type": "q8_0", "base": "base.gguf"}, "types are those of the base"),
         ({"source": "hf"}, "not an output of perpend"),
     ):
         given = {"source": "out", "output": "o.gguf", **asked}
         source = tmp_path / given.pop("source")
-        given = {k: v if k == "kind" else tmp_path / v for k, v in given.items()}
+        given = {k: v if k == "type" else tmp_path / v for k, v in given.items()}
         with pytest.raises(UsageError, match=said):
             perpend.export_gguf(source, **given)
 

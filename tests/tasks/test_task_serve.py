@@ -33,7 +33,7 @@ def test_what_can_be_known_before_a_model_is_loaded(pico_dir, unloaded, monkeypa
         with pytest.raises(UsageError, match="there is no API key"):
             serve(model, host=host, port=0, machine=MACHINE)
     with pytest.raises(UsageError, match="cannot be had"):
-        serve(model, host="nowhere.invalid", key="k", port=0, machine=MACHINE)
+        serve(model, host="nowhere.invalid", api_key="k", port=0, machine=MACHINE)
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "uvicorn" else "there")
     with pytest.raises(MissingExtra, match=r"a server needs the package uvicorn.*perpend\[serve\]"):
         serve(model, port=0, machine=MACHINE)

@@ -9,8 +9,9 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import EDIT, MACHINE_FLAGS
 from perpend.cli.options import MAKE, Request, command
+from perpend.options.commands import AdapterOptions, options_of
+from perpend.options.table import EDIT
 
 Source = Annotated[
     str,
@@ -26,7 +27,7 @@ Rank = Annotated[
 
 @command(
     "adapter",
-    options=("output", "edit", "dry_run", "config", "assignments", "revision", "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "edit", "dry_run", *options_of(AdapterOptions)),
     examples=("adapter google/gemma-3-4b-it --edit edit -o adapter", "adapter recipe.toml -o adapter --rank 32"),
     panel=MAKE,
 )

@@ -9,9 +9,10 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import EDIT, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import MAKE, Request, command
 from perpend.errors import UsageError
+from perpend.options.commands import ApplyOptions, options_of
+from perpend.options.table import EDIT
 
 Source = Annotated[
     str,
@@ -32,21 +33,7 @@ Undo = Annotated[
 
 @command(
     "apply",
-    options=(
-        "output",
-        "edit",
-        "dry_run",
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        "max_new_tokens",
-        "classifier",
-        "rounding",
-        "reversible",
-        "allow_leak",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "edit", "dry_run", *options_of(ApplyOptions)),
     examples=(
         "apply google/gemma-3-4b-it --edit edit -o out",
         "apply recipe.toml -o out --dry-run",

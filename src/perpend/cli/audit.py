@@ -14,6 +14,7 @@ import perpend
 from perpend.cli import render, views
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.cli.text import printable
+from perpend.options.commands import AuditOptions, options_of
 
 Wanted = Annotated[
     Path | None,
@@ -34,7 +35,7 @@ Layer = Annotated[
 
 @command(
     "audit",
-    options=("dry_run", "config", "assignments", "trust_remote_code"),
+    options=("dry_run", *options_of(AuditOptions)),
     examples=("audit ./other --directions fit", "audit ./other --directions fit --base google/gemma-3-4b-it"),
     panel=MEASURE,
 )

@@ -9,8 +9,8 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.options.commands import BenchOptions, options_of
 
 Tasks = Annotated[str, typer.Option("--tasks", help="Names of lm-eval tasks, with commas.", metavar="A,B")]
 Include = Annotated[
@@ -32,17 +32,7 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put questions in the chat te
 
 @command(
     "bench",
-    options=(
-        "output",
-        "edit",
-        "dry_run",
-        "config",
-        "assignments",
-        "seed",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "edit", "dry_run", *options_of(BenchOptions)),
     examples=(
         "bench google/gemma-3-4b-it --edit edit --tasks arc_easy,hellaswag --questions 500 -o bench",
         "bench ./model --edit out --tasks mine --include ./tasks",
@@ -67,10 +57,10 @@ def bench(
     output, edit, recipe = request.optional_output, request.edit, request.recipe(model)
     result = perpend.bench(
         recipe.model.id,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        tasks=tasks,
         edit=edit,
         include=include,
-        limit=questions,
+        questions=questions,
         fewshot=fewshot,
         chat=chat,
         output=output,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import TALK_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.errors import Interrupted
+from perpend.options.commands import TalkOptions, options_of
 
 
 @command(
     "chat",
-    options=TALK_FLAGS,
+    options=("edit", "dry_run", *options_of(TalkOptions)),
     examples=("chat ./out", "chat google/gemma-3-4b-it --edit out --sample"),
     panel=MEASURE,
 )

@@ -9,29 +9,32 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import FIT_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import LOOK, Model, Request, command
+from perpend.options.commands import ConfigOptions, options_of
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]
-_KEYS = (*RECIPE_FLAGS, *PROMPT_FLAGS, *FIT_FLAGS, *REPLY_FLAGS, "reversible", "allow_leak")
 
 
-@command("show", options=_KEYS, examples=("config show", "config show --config recipe.toml --mode column --json"))
+@command(
+    "show",
+    options=options_of(ConfigOptions),
+    examples=("config show", "config show --config recipe.toml --mode column --json"),
+)
 def show(model: Model = None, *, request: Request) -> None:
     """Print the effective recipe: defaults, then the file, then flags, then --set."""
-    shown = perpend.config_show(request.recipe(model, needs_model=False))
+    shown = perpend.config_show(recipe=request.recipe(model, needs_model=False))
     request.out.document(shown, shown.text)
 
 
 @command(
     "init",
-    options=("output", *_KEYS),
+    options=("output", *options_of(ConfigOptions)),
     examples=("config init -o recipe.toml", "config init google/gemma-3-4b-it -o recipe.toml --mode column"),
 )
 def init(model: Model = None, *, request: Request) -> None:
     """Write a recipe in which every key has a comment; without --output, print it."""
     output = request.optional_output
-    written = perpend.config_init(output, recipe=request.recipe(model, needs_model=False))
+    written = perpend.config_init(output=output, recipe=request.recipe(model, needs_model=False))
     if output is None:
         request.out.document(written, written.text)
     else:

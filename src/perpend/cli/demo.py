@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import TRY, Request, command
+from perpend.options.commands import DemoOptions, options_of
 
 
 @command(
     "demo",
-    options=("output", "dry_run", "config", "assignments", "seed", "limit", *MACHINE_FLAGS),
+    options=("output", "dry_run", *options_of(DemoOptions)),
     examples=("demo -o demo", "demo -o demo --limit 16 --json"),
     panel=TRY,
 )
@@ -24,7 +24,6 @@ def demo(*, request: Request) -> None:
         output=output,
         recipe=recipe,
         machine=request.machine(),
-        limit=request["limit"],
         dry_run=request.dry_run,
         tell=request.out.teller(views.PARTS),
     )

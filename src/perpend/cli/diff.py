@@ -13,9 +13,9 @@ from rich.text import Text
 
 import perpend
 from perpend.cli import render, views
-from perpend.cli.flags import OUTPUT
 from perpend.cli.options import MEASURE, Request, command
 from perpend.cli.text import printable
+from perpend.options.table import OUTPUT
 
 Checkpoint = "hub id (org/name or org/name@revision) or directory"
 Base = Annotated[str, typer.Argument(metavar="BASE", help=f"The model before: {Checkpoint}.", show_default=False)]

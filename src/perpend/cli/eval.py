@@ -9,8 +9,9 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.options.commands import EvalOptions, options_of
+from perpend.options.table import MACHINE
 
 Adapter = Annotated[
     Path | None,
@@ -25,18 +26,7 @@ Adapter = Annotated[
 
 @command(
     "eval",
-    options=(
-        "output",
-        "edit",
-        "dry_run",
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        *REPLY_FLAGS,
-        "revision",
-        "trust_remote_code",
-        "engine",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "edit", "dry_run", *options_of(EvalOptions)),
     examples=(
         "eval ./model --limit 64",
         "eval google/gemma-3-4b-it --edit edit -o report --json",

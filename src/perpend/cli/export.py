@@ -56,7 +56,7 @@ def gguf(source: Source, kind: Kind = None, base: Base = None, llama_cpp: LlamaC
     result = perpend.export_gguf(
         source,
         output=request.output,
-        kind=kind,
+        type=kind,
         base=base,
         llama_cpp=llama_cpp,
         allow_leak=bool(request["allow_leak"]),

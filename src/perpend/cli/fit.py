@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
+from perpend.options.commands import FitOptions, options_of
 
 
 @command(
     "fit",
-    options=(
-        "output",
-        "dry_run",
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        *FIT_FLAGS,
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "dry_run", *options_of(FitOptions)),
     examples=("fit google/gemma-3-4b-it -o edit", "fit ./model -o edit --layer 53% --mode column --limit 64"),
     panel=MAKE,
 )

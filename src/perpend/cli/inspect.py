@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.options.commands import InspectOptions, options_of
 
 
 @command(
     "inspect",
-    options=("config", "assignments", "chat_template", "revision", "trust_remote_code", *MACHINE_FLAGS),
+    options=options_of(InspectOptions),
     examples=("inspect google/gemma-3-4b-it", "inspect ./model --json"),
     panel=MEASURE,
 )

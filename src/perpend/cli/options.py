@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from perpend.cli.flags import EVERYWHERE, FLAGS, Flag
+from perpend.cli.flags import EVERYWHERE, FLAGS, typed
 from perpend.cli.output import Output, Style
-from perpend.errors import UsageError, nearest
+from perpend.errors import UsageError
 
 if TYPE_CHECKING:
     from perpend.config import Machine, Recipe
@@ -101,41 +101,15 @@ class Request:
         Raises:
             UsageError: names the flag, or the file and the key, and what is valid.
         """
-        from perpend.config import load
+        from perpend.options.asked import recipe_of
         from perpend.refs import DataRef, ModelRef
 
-        base: dict[str, Any] = {}
-        for name, flag in FLAGS.items():
-            if flag.key and self._given(name):
-                _check(flag, value := self._value(name))
-                _put(base, flag.key, value)
-        if model is not None:
-            _put(base, "model.id", model)
-        recipe = load(file or self._values.get("config"), self._values.get("assignments") or (), base)
-        recipe = self._at_revision(recipe)
+        recipe = recipe_of(self._given, model, file=file, needs_model=needs_model)
         if recipe.model.id:
             ModelRef.parse(recipe.model.id)
-        elif needs_model:
-            raise UsageError(
-                "no model given", where="MODEL", valid="org/name, org/name@revision, a directory, a .gguf file"
-            )
         for data in (recipe.prompts.target, recipe.prompts.baseline) if "target" in self._values else ():
             DataRef.parse(data)
         return recipe
-
-    def _at_revision(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with its model at the revision that `--revision` names."""
-        from perpend.refs import ModelRef
-
-        revision = self._values.get("revision")
-        if revision is None or not recipe.model.id:
-            return recipe
-        ref = ModelRef.parse(recipe.model.id)
-        if ref.kind != "hub":
-            raise UsageError("only models from the hub have revisions", where="--revision", valid="org/name")
-        if ref.revision not in (None, revision):
-            raise UsageError(f"two revisions, {ref.revision} and {revision}", where="--revision")
-        return recipe.for_model(f"{ref.name}@{revision}")
 
     def machine(self) -> Machine:
         """Return how it is run.
@@ -143,46 +117,25 @@ class Request:
         Raises:
             UsageError: names the flag and what is valid.
         """
-        from perpend.config import Machine, build
+        from perpend.options.asked import machine_of
 
-        found: dict[str, Any] = {}
-        for name, flag in FLAGS.items():
-            if flag.machine and self._given(name):
-                found[flag.machine] = self._value(name)
-                build(Machine, {flag.machine: found[flag.machine]}, flag.names[0])
-        return build(Machine, found, "machine")
+        return machine_of(self._given)
 
-    def _given(self, name: str) -> bool:
-        value = self._values.get(name)
-        return value is not None and value is not False
+    def require_no_search(self) -> None:
+        """Refuse options of a search where none was asked for.
 
-    def _value(self, name: str) -> Any:
-        return FLAGS[name].value if FLAGS[name].kind is bool else self._values[name]
+        Raises:
+            UsageError: names the first.
+        """
+        from perpend.options.asked import require_no_search
 
+        require_no_search(self._given)
 
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    *path, leaf = key.split(".")
-    for part in path:
-        data = data.setdefault(part, {})
-    data[leaf] = value
-
-
-def _check(flag: Flag, value: Any) -> None:
-    """Check a flag's value alone, so that the complaint names the flag."""
-    from perpend.config import Recipe, build
-    from perpend.tasks.config import choices
-
-    data: dict[str, Any] = {}
-    _put(data, flag.key, value)
-    try:
-        build(Recipe, data, flag.names[0])
-    except UsageError as error:
-        valid = choices(flag.key)
-        if not valid:
-            raise UsageError(error.what.removeprefix(f"{flag.key}: "), where=flag.names[0]) from None
-        listed = ", ".join((*valid, flag.also) if flag.also else valid)
-        hint = nearest(str(value), valid)
-        raise UsageError(f"unknown value '{value}'", where=flag.names[0], valid=listed, hint=hint) from None
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The options that were typed; a switch that was not is no answer."""
+        values = self._values.items()
+        return {name: value for name, value in values if value is not None and value is not False and value != []}
 
 
 def parameters(names: Iterable[str]) -> list[inspect.Parameter]:
@@ -191,7 +144,7 @@ def parameters(names: Iterable[str]) -> list[inspect.Parameter]:
     for name in names:
         flag = FLAGS[name]
         default: Any = False if flag.kind is bool else None
-        annotation: Any = Annotated[flag.kind if flag.kind is bool else flag.kind | None, flag.option()]
+        annotation: Any = Annotated[flag.kind if flag.kind is bool else flag.kind | None, typed(flag)]
         found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return found
 

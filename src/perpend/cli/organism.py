@@ -8,8 +8,8 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS
 from perpend.cli.options import TRY, Request, command
+from perpend.options.commands import OrganismOptions, options_of
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Small chat model: hub id, directory or .gguf file.", show_default=False)
@@ -25,7 +25,7 @@ Forms = Annotated[
 
 @command(
     "organism",
-    options=("output", "dry_run", *RECIPE_FLAGS, *PROMPT_FLAGS, "revision", "trust_remote_code", *MACHINE_FLAGS),
+    options=("output", "dry_run", *options_of(OrganismOptions)),
     examples=("organism HuggingFaceTB/SmolLM2-135M-Instruct -o organism", "organism ./model -o organism --limit 32"),
     panel=TRY,
 )

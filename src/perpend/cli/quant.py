@@ -11,9 +11,9 @@ from rich.text import Text
 
 import perpend
 from perpend.cli import render, views
-from perpend.cli.flags import MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
 from perpend.cli.text import printable
+from perpend.options.commands import QuantOptions, options_of
 
 Types = Annotated[
     str,
@@ -36,17 +36,7 @@ Acceptance = Annotated[
 
 @command(
     "check",
-    options=(
-        "edit",
-        "rounding",
-        "dry_run",
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        *REPLY_FLAGS,
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("edit", "dry_run", *options_of(QuantOptions)),
     examples=(
         "quant check google/gemma-3-4b-it",
         "quant check google/gemma-3-4b-it --edit fit --types q4_0 --acceptance",
@@ -67,7 +57,7 @@ def check(
     result = perpend.quant_check(
         recipe.model.id,
         edit=request.edit,
-        types=[kind.strip() for kind in types.split(",")],
+        types=types,
         acceptance=acceptance,
         recipe=recipe,
         machine=request.machine(),

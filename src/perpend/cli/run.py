@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import FIT_FLAGS, FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS, SEARCH_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
 from perpend.cli.search import run_search
-from perpend.errors import UsageError
+from perpend.options.commands import RunOptions, options_of
 
 
 @command(
     "run",
-    options=(
-        "output",
-        "dry_run",
-        "search",
-        *SEARCH_FLAGS,
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        *FIT_FLAGS,
-        *REPLY_FLAGS,
-        "rounding",
-        "reversible",
-        "allow_leak",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "dry_run", "search", *options_of(RunOptions), "storage", "workers"),
     examples=("run google/gemma-3-4b-it -o out", "run --config recipe.toml -o out --set edit.mlp.peak_weight=0.8"),
     panel=MAKE,
 )
@@ -40,8 +24,7 @@ def run(model: Model = None, *, request: Request) -> None:
     if request["search"]:
         run_search(model, request)
         return
-    if given := [name for name in SEARCH_FLAGS if request[name] is not None]:
-        raise UsageError("is of a search", where=FLAGS[given[0]].names[0], hint="--search")
+    request.require_no_search()
     output, recipe = request.output, request.recipe(model)
     result = perpend.run(
         recipe.model.id,

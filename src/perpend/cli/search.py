@@ -6,30 +6,14 @@ from typing import Any
 
 import perpend
 from perpend.cli import search_views, views
-from perpend.cli.flags import FIT_FLAGS, MACHINE_FLAGS, PROMPT_FLAGS, RECIPE_FLAGS, REPLY_FLAGS, SEARCH_FLAGS
 from perpend.cli.options import MAKE, Model, Request, command
+from perpend.options.commands import SearchOptions, options_of
 from perpend.tasks.output import to_text
-
-CHOSEN_BY_SEARCH = ("strategy", "modules_per_batch")
 
 
 @command(
     "search",
-    options=(
-        "output",
-        "dry_run",
-        *SEARCH_FLAGS,
-        *RECIPE_FLAGS,
-        *PROMPT_FLAGS,
-        *(name for name in FIT_FLAGS if name not in CHOSEN_BY_SEARCH),
-        *REPLY_FLAGS,
-        "rounding",
-        "reversible",
-        "allow_leak",
-        "revision",
-        "trust_remote_code",
-        *MACHINE_FLAGS,
-    ),
+    options=("output", "dry_run", *options_of(SearchOptions), "storage", "workers"),
     examples=(
         "search google/gemma-3-4b-it -o out --max-drift 0.1",
         "search google/gemma-3-4b-it --storage postgresql://me@host/perpend --workers 2",

@@ -8,8 +8,8 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.flags import TALK_FLAGS
 from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.options.commands import TalkOptions, options_of
 
 PANEL = "Server"
 
@@ -52,7 +52,7 @@ Origins = Annotated[
 
 @command(
     "serve",
-    options=TALK_FLAGS,
+    options=("edit", "dry_run", *options_of(TalkOptions)),
     examples=("serve ./out --port 8080", "serve google/gemma-3-4b-it --edit out"),
     panel=MEASURE,
 )
@@ -77,9 +77,9 @@ def serve(
         edit=edit,
         host=host,
         port=port,
-        key=api_key,
-        hosts=allow_host or (),
-        origins=allow_origin or (),
+        api_key=api_key,
+        allow_host=allow_host or (),
+        allow_origin=allow_origin or (),
         recipe=recipe,
         machine=request.machine(),
         ready=lambda served: request.out.result(served, views.served),

@@ -6,12 +6,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend import __version__
 from perpend.config import Machine, Recipe
 from perpend.export.adapter import AdapterResult, write_adapter
 from perpend.export.card import CARD, base_front_matter
+from perpend.options.asked import asked_of_source
+from perpend.options.commands import AdapterOptions
 from perpend.refs import ModelRef
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.forecast import Planned, forecast
@@ -44,14 +46,15 @@ class Adapted:
 
 
 def adapter(
-    source: str,
+    source: str | Path,
     *,
-    output: Path,
-    edit: Path | None = None,
+    output: str | Path,
+    edit: str | Path | None = None,
     rank: int = RANK,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
+    **options: Unpack[AdapterOptions],
 ) -> Adapted | Planned:
     """Write an edit as a PEFT adapter: exact in plain mode and, as DoRA, in row mode; in column mode to a rank.
 
@@ -63,19 +66,21 @@ def adapter(
         recipe: How the edit was made; by default that of the recipe beside the edit.
         machine: Device and dtype; the adapter does not depend on it.
         dry_run: Only say what would be read, and what of it is edited.
+        **options: What `perpend adapter` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: no model, no edit, an output that is not empty, or a model that PEFT refuses.
     """
     started, output = time.monotonic(), Path(output)
+    source, recipe, machine = asked_of_source(adapter, AdapterOptions, options, source, recipe, machine)
     require_free(output)
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)
     ModelRef.parse(model)
     if dry_run:
-        asked = forecast(model, found, machine or Machine(), output=output, edit=chosen)
+        asked = forecast(model, found, machine, output=output, edit=chosen)
         return Planned("adapter", model, str(output), asked)
-    session = open_session(model, found, machine or Machine())
+    session = open_session(model, found, machine)
     require_fitting(session, chosen)
     ref, at = session.loaded.ref, session.loaded.source.revision
     base = ref.title

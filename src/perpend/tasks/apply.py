@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
@@ -22,6 +22,8 @@ from perpend.judges.panel import Panel
 from perpend.models.materialise import save_gguf
 from perpend.models.parallel import require_single
 from perpend.models.session import Session
+from perpend.options.asked import asked_of_source
+from perpend.options.commands import ApplyOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.card import card_facts
@@ -135,14 +137,15 @@ def bake_and_prove(
 
 
 def apply(
-    source: str,
+    source: str | Path,
     *,
-    output: Path,
-    edit: Path | None = None,
+    output: str | Path,
+    edit: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
     undo: bool = False,
+    **options: Unpack[ApplyOptions],
 ) -> Applied | Undone:
     """Bake an edit into a copy of the original checkpoint.
 
@@ -157,6 +160,7 @@ def apply(
         dry_run: Only say what would be written.
         undo: Take the edit back instead: `source` is an output, and the original of it is written; see
             `perpend.tasks.undo.take_back`, which says where that is bit for bit.
+        **options: What `perpend apply` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: no model, no edit, an output that is not empty, or a recipe that asks for another edit than the one
@@ -164,11 +168,12 @@ def apply(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     require_single("apply")
+    source, recipe, machine = asked_of_source(apply, ApplyOptions, options, source, recipe, machine)
     if undo:
         if edit is not None or dry_run:
             raise UsageError("--undo takes an output and nothing else", where="--edit" if edit else "--dry-run")
-        return take_back(source, output=output, machine=machine)
-    started, output, machine = time.monotonic(), Path(output), machine or Machine()
+        return take_back(source, output=Path(output), machine=machine)
+    started, output = time.monotonic(), Path(output)
     require_free(output)
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)
@@ -202,7 +207,7 @@ def apply(
     return proven[0]
 
 
-def asked_for(source: str, edit: Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:
+def asked_for(source: str, edit: str | Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:
     """Return the model, the edit and the recipe that the arguments stand for."""
     path = Path(source)
     if path.suffix == ".toml":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from perpend.errors import UsageError
 from perpend.forensics.audit import AVOIDED, Avoided, Writers, Written, audit_writers, avoided
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
+from perpend.options.asked import asked
+from perpend.options.commands import AuditOptions
 from perpend.tasks.checkpoints import checkpoint_of, reading
 from perpend.tasks.forecast import Planned
 from perpend.tasks.recipes import DIRECTIONS, EDIT
@@ -71,19 +73,20 @@ class Audit:
 
 
 def audit(
-    model: str,
+    model: str | None = None,
     *,
-    directions: Path | None = None,
+    directions: str | Path | None = None,
     base: str | None = None,
     layer: int | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
+    **options: Unpack[AuditOptions],
 ) -> Audit | Planned:
     """Measure how much of a direction the writers of a model still write, from the weights alone.
 
     Args:
-        model: Hub id with `@revision`, or directory.
+        model: Hub id with `@revision`, or directory; None takes the recipe's.
         directions: `directions.safetensors`, `edit.safetensors`, or the folder that `fit` made. From an edit every
             writer is asked for its own directions, and writers it does not edit for those of the nearest layer that it
             does. None looks for a direction that neighbouring layers avoid together.
@@ -93,15 +96,18 @@ def audit(
         recipe: Overrides of the anatomy.
         machine: Whether the model's own Python code may run.
         dry_run: Only say what would be read.
+        **options: What `perpend audit` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or the directions cannot be read, or do not fit each other.
     """
-    started, recipe = time.monotonic(), recipe or Recipe()
+    started = time.monotonic()
+    recipe, machine = asked(audit, AuditOptions, options, model, recipe, machine)
+    model = recipe.model.id
     if directions is None and (base is not None or layer is not None):
         raise UsageError("--base and --layer need a direction to ask for", hint="--directions FILE")
     if dry_run:
-        return reading("audit", [model, *([base] if base else [])], machine or Machine())
+        return reading("audit", [model, *([base] if base else [])], machine)
     source = checkpoint_of(model)
     bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
@@ -111,8 +117,8 @@ def audit(
     if directions is None:
         search = avoided(writers)
     else:
-        asked = _asked(Path(directions), anatomy, layer)
-        rows = audit_writers(writers, asked, checkpoint_of(base).path if base is not None else None)
+        wanted = _asked(Path(directions), anatomy, layer)
+        rows = audit_writers(writers, wanted, checkpoint_of(base).path if base is not None else None)
     told = None if directions is None else str(directions)
     return Audit(model, base, told, tuple(rows), tuple(search), round(time.monotonic() - started, 1))
 

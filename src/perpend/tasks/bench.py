@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.core.stats import Z95, mcnemar_exact, paired_bootstrap, paired_wilson
 from perpend.errors import MissingExtra, UsageError
 from perpend.models.session import Session
+from perpend.options.asked import asked, listed, path_of
+from perpend.options.commands import BenchOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Planned, forecast
@@ -80,56 +82,59 @@ class Bench:
 
 
 def bench(
-    model: str,
+    model: str | None = None,
     *,
-    tasks: Sequence[str],
-    edit: Path | None = None,
-    include: Path | None = None,
-    limit: int | None = None,
+    tasks: str | Sequence[str],
+    edit: str | Path | None = None,
+    include: str | Path | None = None,
+    questions: int | None = None,
     fewshot: int | None = None,
     chat: bool = False,
-    output: Path | None = None,
+    output: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
+    **options: Unpack[BenchOptions],
 ) -> Bench | Planned:
     """Run lm-eval on a model, with an edit also on that edit, and compare question by question.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
-        tasks: Names of lm-eval tasks, or of those in `include`.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
+        tasks: Names of lm-eval tasks, or of those in `include`; a list, or text with commas.
         edit: `edit.safetensors`, or the folder that holds it; put in place as hooks.
         include: Folder with task files of your own; with data files on this machine nothing is fetched.
-        limit: Questions per task, the first ones; all by default.
+        questions: At most so many per task, the first ones; all by default.
         fewshot: Worked examples before each question; the task's own number by default.
         chat: Put questions in the model's chat template.
         output: Folder to make: `bench.json`, `report.json`, `report.html`.
         recipe: The model, how it is loaded, the seed.
         machine: Device, dtype, batch size.
         dry_run: Only check the tasks and say what would be loaded; how many questions they have is not known.
+        **options: What `perpend bench` takes, by name: over the recipe and the machine.
 
     Raises:
         MissingExtra: lm-eval is not installed; said before a model is loaded.
         UsageError: no such task, model or edit, or an output that is not empty.
     """
     started = time.monotonic()
+    recipe, machine = asked(bench, BenchOptions, options, model, recipe, machine)
+    model, tasks, output = recipe.model.id, listed(tasks), path_of(output)
     if find_spec("lm_eval") is None:
         raise MissingExtra("lm-eval", "bench", "perpend bench")
-    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
     if output:
         require_free(Path(output))
     if not tasks:
         raise UsageError("no tasks given", where="--tasks", hint="--tasks arc_easy,hellaswag")
     ModelRef.parse(model)
     chosen = find_edit(Path(edit)) if edit is not None else None
-    manager = _manager(tasks, include)
+    manager = _manager(tasks, path_of(include))
     if dry_run:
-        asked = forecast(model, recipe, machine, output=output, edit=chosen)
-        return Planned("bench", model, str(output) if output else None, asked)
+        cost = forecast(model, recipe, machine, output=output, edit=chosen)
+        return Planned("bench", model, str(output) if output else None, cost)
     session = open_session(model, recipe, machine)
     if chosen is not None:
         require_fitting(session, chosen)
-    asked_for = {"tasks": list(tasks), "limit": limit, "num_fewshot": fewshot, "apply_chat_template": chat}
+    asked_for = {"tasks": list(tasks), "limit": questions, "num_fewshot": fewshot, "apply_chat_template": chat}
     batch = 8 if machine.batch_size == "auto" else machine.batch_size
     settings: dict[str, Any] = {**asked_for, "seed": recipe.seed, "batch_size": batch}
     before = _measured(session, None, manager, settings)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, Unpack, cast
 
 from perpend.config import Machine, Recipe
 from perpend.errors import PerpendError
+from perpend.options.asked import asked, path_of
+from perpend.options.commands import TalkOptions
 from perpend.tasks.rehearsal import Rehearsal, rehearse
 from perpend.tasks.setup import open_duet, sampling
 from perpend.tasks.talk import Conversation
@@ -81,24 +83,26 @@ class Plain:
 
 
 def chat(
-    model: str,
+    model: str | None = None,
     *,
-    edit: Path | None = None,
+    edit: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     screen: Screen | None = None,
     dry_run: bool = False,
+    **options: Unpack[TalkOptions],
 ) -> Conversation | Rehearsal:
     """Talk to a model until the input ends.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         edit: `edit.safetensors`, the folder that `fit` or `run` made, or a recipe beside an edit; base and edited model
             then answer side by side, from the same weights, and `/scale` is immediate.
         recipe: System prompt, sampling, length of answers, classifier for `/label`.
         machine: Device and dtype.
         screen: Where it takes place; lines of the terminal by default.
         dry_run: Only say what would be loaded.
+        **options: What `perpend chat` takes, by name: over the recipe and the machine.
 
     Returns:
         What was said.
@@ -106,7 +110,8 @@ def chat(
     Raises:
         UsageError: the model or the edit cannot be read, or the edit is not one of this model.
     """
-    recipe, machine, screen = (recipe or Recipe()).for_model(model), machine or Machine(), screen or Plain()
+    recipe, machine = asked(chat, TalkOptions, options, model, recipe, machine)
+    model, edit, screen = recipe.model.id, path_of(edit), screen or Plain()
     if dry_run:
         return rehearse("chat", model, recipe, machine, edit)
     duet = open_duet(model, recipe, machine, edit)

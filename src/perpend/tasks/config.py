@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Unpack, get_args, get_origin
 
 from pydantic import BaseModel
 
-from perpend.config import METHODS, MODES, RULES, Machine, Recipe, keys, load, to_toml
+from perpend.config import METHODS, MODES, RULES, Recipe, keys, load, to_toml
 from perpend.core.schedule import KINDS
 from perpend.errors import UsageError
+from perpend.options.asked import asked, choices
+from perpend.options.commands import ConfigOptions
 from perpend.whole import write_file
 
 _SEPARATE = ("target_select", "baseline_select", "target_report", "baseline_report")
@@ -66,28 +68,43 @@ class RecipeText:
         }
 
 
-def config_show(recipe: Recipe | None = None) -> RecipeText:
+def config_show(
+    model: str | None = None, *, recipe: Recipe | None = None, **options: Unpack[ConfigOptions]
+) -> RecipeText:
     """Return the effective recipe, every key with its value.
 
     Args:
+        model: The model that it names.
         recipe: The recipe; None shows the defaults.
+        **options: What `perpend config show` takes, by name: over the recipe.
+
+    Raises:
+        UsageError: an unknown keyword or a wrong value.
     """
-    recipe = recipe or Recipe()
+    recipe, _ = asked(config_show, ConfigOptions, options, model, recipe, None, needs_model=False)
     return RecipeText(recipe, to_toml(recipe.model_dump(mode="json")))
 
 
-def config_init(output: Path | None = None, *, recipe: Recipe | None = None) -> RecipeText:
+def config_init(
+    model: str | None = None,
+    *,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    **options: Unpack[ConfigOptions],
+) -> RecipeText:
     """Write a recipe in which every key has a comment.
 
     Args:
+        model: The model that it names.
         output: File to write; None only returns the text.
         recipe: The values; None takes the defaults.
+        **options: What `perpend config init` takes, by name: over the recipe.
 
     Raises:
-        UsageError: the file exists already or cannot be written.
+        UsageError: the file exists already or cannot be written, an unknown keyword or a wrong value.
     """
-    recipe = recipe or Recipe()
-    text = commented(recipe)
+    recipe, _ = asked(config_init, ConfigOptions, options, model, recipe, None, needs_model=False)
+    text, output = commented(recipe), None if output is None else Path(output)
     if output is not None:
         if output.exists():
             raise UsageError("the file exists", where=str(output), hint=f"-o {output.with_stem(output.stem + '-2')}")
@@ -95,16 +112,16 @@ def config_init(output: Path | None = None, *, recipe: Recipe | None = None) -> 
     return RecipeText(recipe, text, output=output)
 
 
-def config_validate(path: Path) -> RecipeText:
+def config_validate(file: str | Path) -> RecipeText:
     """Check a recipe file.
 
     Args:
-        path: The TOML file.
+        file: The TOML file.
 
     Raises:
         UsageError: names the file, the key, and the nearest valid key.
     """
-    recipe = load(path)
+    recipe = load(path := Path(file))
     return RecipeText(recipe, to_toml(recipe.model_dump(mode="json")), source=path)
 
 
@@ -150,34 +167,12 @@ def _comment(text: str) -> list[str]:
     return [f"# {line}" if line else "#" for line in text.splitlines()]
 
 
-def choices(key: str, *, of_machine: bool = False) -> tuple[str, ...]:
-    """Return the names that a key of the recipe, or of the machine, accepts; empty when it is no matter of names."""
-    kinds: list[Any] = [Machine if of_machine else Recipe]
-    for part in key.split("."):
-        sections = [section for kind in kinds for section in _sections(kind)]
-        kinds = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
-    return tuple(dict.fromkeys(v for kind in kinds for v in _literals(kind) if isinstance(v, str)))
-
-
 def completed_assignments(incomplete: str) -> list[str]:
     """Return the assignments `key=` or `key=value` that begin as typed, for a shell."""
     key, sign, value = incomplete.partition("=")
     if sign:
         return [f"{key}={choice}" for choice in choices(key) if choice.startswith(value)]
     return [f"{name}=" for name in keys(Recipe) if name.startswith(key)]
-
-
-def _sections(kind: Any) -> list[type[BaseModel]]:
-    """Return the sections that a kind of value can be: itself, or the members of a union."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return [kind]
-    return [section for part in get_args(kind) for section in _sections(part)]
-
-
-def _literals(kind: Any) -> list[Any]:
-    if get_origin(kind) is Literal:
-        return list(get_args(kind))
-    return [value for part in get_args(kind) for value in _literals(part)]
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from pydantic import BaseModel
 
@@ -22,6 +22,8 @@ from perpend.models.materialise import materialise_gguf
 from perpend.models.memory import release
 from perpend.models.recall import Recalled
 from perpend.models.session import Session
+from perpend.options.asked import asked
+from perpend.options.commands import DemoOptions
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
@@ -89,12 +91,12 @@ class Demo:
 
 def demo(
     *,
-    output: Path,
+    output: str | Path,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-    limit: int | None = None,
     dry_run: bool = False,
     tell: Tell | None = None,
+    **options: Unpack[DemoOptions],
 ) -> Demo | Planned:
     """Make the organism, edit it, and compare it with what it was.
 
@@ -102,23 +104,24 @@ def demo(
         output: Folder to make: `original`, `organism`, `edited`, and the result as `demo.json`.
         recipe: What to do; the defaults of `run`, with the classifier that the package carries.
         machine: How to run it.
-        limit: At most this many prompts of each class and split.
         dry_run: Only say what would be done.
         tell: Is told each part of the result as soon as it is known.
+        **options: What `perpend demo` takes, by name: over the recipe and the machine.
 
     Raises:
         MissingExtra: a package of the demo is not installed; said before anything is written.
         UsageError: the output is not empty.
         Interrupted: Ctrl-C; what was made is kept once the edited model has passed its gate, and nothing before.
     """
-    started, output, machine = time.monotonic(), Path(output), machine or Machine()
-    recipe = demo_recipe(recipe or Recipe(), limit)
+    started, output = time.monotonic(), Path(output)
+    recipe, machine = asked(demo, DemoOptions, options, None, recipe, machine, needs_model=False)
+    recipe = demo_recipe(recipe)
     require_free(output)
     shipped.require()
     if dry_run:
         base, splits = str(shipped.base()), load_splits(recipe.prompts)
-        asked = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
-        return Planned("demo", base, str(output), replace(asked, writes=3 * asked.writes))  # original, organism, edited
+        cost = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
+        return Planned("demo", base, str(output), replace(cost, writes=3 * cost.writes))  # original, organism, edited
     require_room(str(shipped.base()), output, machine, copies=3)  # original, organism, edited
     organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
     try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
@@ -144,7 +147,7 @@ def demo(
     return made
 
 
-def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
+def demo_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe as the demo runs it: what it does not say is the demo's default, and not that of `run`."""
     edit, kernels = recipe.edit, {}
     for part in ("attention", "mlp"):
@@ -154,7 +157,7 @@ def demo_recipe(recipe: Recipe, limit: int | None) -> Recipe:
         update={
             "edit": edit.model_copy(update=kernels),
             "eval": _or_else(recipe.eval, classifier=SMALL, control_prompts=CONTROLS),
-            "prompts": recipe.prompts.model_copy(update={"limit": limit or recipe.prompts.limit or LIMIT}),
+            "prompts": recipe.prompts.model_copy(update={"limit": recipe.prompts.limit or LIMIT}),
         }
     )
 

@@ -11,6 +11,7 @@ from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.core.kinds import Mode
 from perpend.forensics.examine import Examination, examine
+from perpend.options.asked import path_of
 from perpend.tasks.checkpoints import checkpoint_of, reading
 from perpend.tasks.forecast import Planned
 from perpend.tasks.output import require_free
@@ -42,7 +43,7 @@ class Diff:
 
 
 def diff(
-    base: str, other: str, *, third: str | None = None, output: Path | None = None, dry_run: bool = False
+    base: str, other: str, *, third: str | None = None, output: str | Path | None = None, dry_run: bool = False
 ) -> Diff | Planned:
     """Tell what was done to `base` to make `other`, from the weights alone.
 
@@ -63,7 +64,7 @@ def diff(
     if output is not None:
         require_free(Path(output))
     if dry_run:
-        return reading("diff", [base, other, *([third] if third else [])], Machine(), output=output)
+        return reading("diff", [base, other, *([third] if third else [])], Machine(), output=path_of(output))
     found = examine(
         checkpoint_of(base).path, checkpoint_of(other).path, checkpoint_of(third).path if third is not None else None
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.drift import Drift
@@ -15,6 +15,8 @@ from perpend.errors import UsageError
 from perpend.judges.panel import Comparison
 from perpend.models.parallel import shared
 from perpend.models.vllm import require_vllm
+from perpend.options.asked import asked, path_of
+from perpend.options.commands import EvalOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -99,19 +101,20 @@ def _require_engine(machine: Machine, edit: Path | None, adapter: Path | None) -
 
 
 def eval(
-    model: str,
+    model: str | None = None,
     *,
-    output: Path | None = None,
-    edit: Path | None = None,
+    output: str | Path | None = None,
+    edit: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     dry_run: bool = False,
+    **options: Unpack[EvalOptions],
 ) -> Evaluation:
     """Judge the replies of a model on the report split; with an edit, before and after on the same prompts.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         output: Folder to make: `report.html`, `report.json` and the replies, `before.jsonl`, `after.jsonl`; with it,
             an interrupted evaluation can go on.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
@@ -119,28 +122,29 @@ def eval(
         machine: How to run it; with `engine="vllm"`, vLLM answers the prompts, of the model or with `adapter`.
         adapter: Folder of a PEFT adapter that vLLM answers with.
         dry_run: Only say what would be read.
+        **options: What `perpend eval` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model, the prompts or the edit cannot be read, or the output is not empty.
         Interrupted: Ctrl-C.
     """
     started = time.monotonic()
-    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
-    out = Path(output) if output is not None else None
+    recipe, machine = asked(eval, EvalOptions, options, model, recipe, machine)
+    model, out, edit, adapter = recipe.model.id, path_of(output), path_of(edit), path_of(adapter)
     if out is not None:
         require_free(out)
         require_no_partial(out)
     ModelRef.parse(model)
     _require_engine(machine, edit, adapter)
-    chosen = find_edit(Path(edit)) if edit is not None else None
+    chosen = find_edit(edit) if edit is not None else None
     splits = open_splits(recipe)
     pair = splits.report
     sizes = {s.name: len(s) for s in (pair.target, pair.baseline)}
     empty = Evaluation(str(out) if out else None, model, sizes, None, dry_run=dry_run)
     if dry_run:
         times = 1 if chosen is None else 2
-        asked = forecast(model, recipe, machine, splits=splits, output=out, measures=times, edit=chosen)
-        return replace(empty, forecast=asked)
+        cost = forecast(model, recipe, machine, splits=splits, output=out, measures=times, edit=chosen)
+        return replace(empty, forecast=cost)
 
     def work(stores: Any) -> Evaluation:
         panel, session = open_panel(recipe, machine), open_engine(model, recipe, machine, adapter)

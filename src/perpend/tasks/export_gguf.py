@@ -22,6 +22,7 @@ from perpend.export.verify import LeakRow, Untouched
 from perpend.models.anatomy import Anatomy
 from perpend.models.gguf import layout
 from perpend.models.load import skeleton
+from perpend.options.asked import path_of
 from perpend.progress import note
 from perpend.tasks.checkpoints import checkpoint_of
 from perpend.tasks.gate import require_untouched
@@ -70,12 +71,12 @@ class GgufExport:
 
 
 def export_gguf(
-    source: Path,
+    source: str | Path,
     *,
-    output: Path,
-    kind: str | None = None,
-    base: Path | None = None,
-    llama_cpp: Path | None = None,
+    output: str | Path,
+    type: str | None = None,
+    base: str | Path | None = None,
+    llama_cpp: str | Path | None = None,
     allow_leak: bool = False,
     dry_run: bool = False,
 ) -> GgufExport:
@@ -84,7 +85,7 @@ def export_gguf(
     Args:
         source: The output, with its `recipe.toml`.
         output: File to make.
-        kind: bf16 (the default), f16, q8_0 or q4_0, by llama.cpp's converter and quantiser.
+        type: bf16 (the default), f16, q8_0 or q4_0, by llama.cpp's converter and quantiser.
         base: GGUF file of the model before the edit, of any types: the edited matrices go into a copy of it, in its own
             types and so that rounding keeps the edit; all else stays byte for byte. No converter is needed.
         llama_cpp: Checkout of llama.cpp; by default its tools are looked for on the PATH.
@@ -97,6 +98,7 @@ def export_gguf(
         GateFailed: the file is not the edit; it stays as `FILE.gguf.partial`.
     """
     started, source, output = time.monotonic(), Path(source), Path(output)
+    base, llama_cpp = path_of(base), path_of(llama_cpp)
     if not is_gguf(output):
         raise UsageError("not the name of a GGUF file", where=str(output), valid="NAME.gguf")
     require_free(output)
@@ -104,13 +106,13 @@ def export_gguf(
     if not (source / RECIPE).is_file():
         raise UsageError(f"no {RECIPE}: not an output of perpend", where=str(source), hint="perpend apply")
     written = read_recipe(source / RECIPE)
-    if base is not None and (kind or llama_cpp):
+    if base is not None and (type or llama_cpp):
         raise UsageError("types are those of the base", where="--base", hint="leave out --type and --llama-cpp")
-    if kind is not None and kind not in TYPES:
-        raise UsageError(f"unknown type '{kind}'", where="--type", valid=", ".join(TYPES))
+    if type is not None and type not in TYPES:
+        raise UsageError(f"unknown type '{type}'", where="--type", valid=", ".join(TYPES))
     steps: list[list[str]] = []
     if base is None:
-        tools, kind = Tools.find(llama_cpp), kind or "bf16"
+        tools, kind = Tools.find(llama_cpp), type or "bf16"
         tools.require(source, output, kind)
         steps = tools.commands(source, _converted(output), kind)
     name = None if base is None else str(base)

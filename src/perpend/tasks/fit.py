@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.models.parallel import shared
+from perpend.options.asked import asked
+from perpend.options.commands import FitOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Forecast, forecast
@@ -46,12 +48,13 @@ class Fit:
 
 
 def fit(
-    model: str,
+    model: str | None = None,
     *,
-    output: Path,
+    output: str | Path,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
+    **options: Unpack[FitOptions],
 ) -> Fit:
     """Measure the directions of a model and plan the edit; nothing is edited.
 
@@ -59,12 +62,13 @@ def fit(
     directions.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         output: Folder to make: `directions.safetensors`, `edit.safetensors`, `recipe.toml`, `report.html`,
             `report.json`.
         recipe: What to do; the defaults use the shipped prompts.
         machine: How to run it.
         dry_run: Only say what would be read and written.
+        **options: What `perpend fit` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or prompts cannot be read, or the output is not empty.
@@ -72,7 +76,8 @@ def fit(
         Interrupted: Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
-    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
+    recipe, machine = asked(fit, FitOptions, options, model, recipe, machine)
+    model = recipe.model.id
     require_free(output)
     require_no_partial(output)
     ModelRef.parse(model)

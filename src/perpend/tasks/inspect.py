@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.models.anatomy import Anatomy
 from perpend.models.chat import Chat, has_template, read_template
 from perpend.models.load import Loaded, load_model
+from perpend.options.asked import asked
+from perpend.options.commands import InspectOptions
 from perpend.refs import ModelRef
 
 
@@ -38,18 +40,26 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(model: str, *, recipe: Recipe | None = None, machine: Machine | None = None) -> Inspection:
+def inspect(
+    model: str | None = None,
+    *,
+    recipe: Recipe | None = None,
+    machine: Machine | None = None,
+    **options: Unpack[InspectOptions],
+) -> Inspection:
     """Find every module that writes to the residual stream.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         recipe: Overrides.
         machine: Device and dtype.
+        **options: What `perpend inspect` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model cannot be read, or has no decoder layers that can be found.
     """
-    recipe, machine = recipe or Recipe(), machine or Machine()
+    recipe, machine = asked(inspect, InspectOptions, options, model, recipe, machine)
+    model = recipe.model.id
     loaded = load_model(ModelRef.parse(model), machine)
     anatomy = Anatomy.of(loaded.model, recipe.edit.overrides or None)
     rows = anatomy.coverage()

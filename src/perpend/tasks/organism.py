@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend import __version__
 from perpend.config import Machine, Recipe, to_toml
@@ -17,6 +17,8 @@ from perpend.judges.labels import Label
 from perpend.models.chat import Chat
 from perpend.models.load import end_tokens, load_model
 from perpend.models.session import Session
+from perpend.options.asked import asked
+from perpend.options.commands import OrganismOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.output import appearing, require_free
@@ -62,14 +64,15 @@ class Organism:
 
 
 def organism(
-    base: str,
+    base: str | None = None,
     *,
-    output: Path,
+    output: str | Path,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     training: Training | None = None,
     forms: int = FORMS,
     dry_run: bool = False,
+    **options: Unpack[OrganismOptions],
 ) -> Organism:
     """Teach a chat model to refuse the target prompts of the fit split, with a LoRA adapter.
 
@@ -78,20 +81,22 @@ def organism(
     model itself, so that its voice is kept.
 
     Args:
-        base: Hub id, directory or GGUF file of a chat model.
+        base: Hub id, directory or GGUF file of a chat model; None takes the recipe's model.
         output: Folder to make: the merged model, `adapter/` and `organism.toml`.
         recipe: Prompts and seed; the shipped prompts by default.
         machine: Device and dtype.
         training: How the adapter is trained. In bfloat16 (`machine.dtype`) it takes half the time on a CPU.
         forms: Request forms in which each prompt is asked; fewer where prompts are many.
         dry_run: Only say what would be done.
+        **options: What `perpend organism` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or the prompts cannot be read, there are not so many forms, or the output is not empty.
         MissingExtra: PEFT is not installed.
     """
     started = time.monotonic()
-    recipe, machine = recipe or Recipe(), machine or Machine()
+    recipe, machine = asked(organism, OrganismOptions, options, base, recipe, machine)
+    base = recipe.model.id
     training = replace(training or Training(), seed=recipe.seed)
     require_free(Path(output))
     ref, splits = ModelRef.parse(base), load_splits(recipe.prompts)
@@ -109,16 +114,7 @@ def organism(
     with appearing(Path(output)) as folder:
         loaded = load_model(ref, machine)
         session = as_asked(loaded, recipe, machine)
-        examples = encode(session, answered(session, taught))
-        wrapped, losses = teach(
-            loaded.model, examples, layers=session.anatomy.layers, pad=session.chat.pad, training=training
-        )
-        adapter.rounded(wrapped)
-        adapter.save(wrapped, folder / "adapter", ref.portable)
-        merged = wrapped.merge_and_unload().eval().requires_grad_(False)
-        if session.chat.given:  # the organism goes on in the template that it was taught in
-            (loaded.processor or loaded.tokenizer).chat_template = session.chat.given
-        adapter.save_model(merged, loaded, folder)
+        merged, losses = _taught(session, taught, training, folder)
         refused = measure(as_asked(replace(loaded, model=merged), recipe, machine), splits.report)
         tenth = max(1, len(losses) // 10)
         made = replace(
@@ -131,6 +127,22 @@ def organism(
         )
         write_recipe(folder, recipe, made)
     return made
+
+
+def _taught(session: Session, taught: list[Lesson], training: Training, folder: Path) -> tuple[Any, list[float]]:
+    """Teach, write the adapter and the model it is merged into; returns that model and the loss of every step."""
+    loaded = session.loaded
+    examples = encode(session, answered(session, taught))
+    wrapped, losses = teach(
+        loaded.model, examples, layers=session.anatomy.layers, pad=session.chat.pad, training=training
+    )
+    adapter.rounded(wrapped)
+    adapter.save(wrapped, folder / "adapter", loaded.ref.portable)
+    merged = wrapped.merge_and_unload().eval().requires_grad_(False)
+    if session.chat.given:  # the organism goes on in the template that it was taught in
+        (loaded.processor or loaded.tokenizer).chat_template = session.chat.given
+    adapter.save_model(merged, loaded, folder)
+    return merged, losses
 
 
 def answered(session: Session, taught: list[Lesson]) -> list[Lesson]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
@@ -19,6 +19,8 @@ from perpend.export.survey import Survey, Surveyed
 from perpend.export.verify import TOLERANCE
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
+from perpend.options.asked import asked, listed
+from perpend.options.commands import QuantOptions
 from perpend.tasks.checkpoints import checkpoint_of, reading
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.quant_replies import Replies, replies
@@ -114,34 +116,39 @@ class QuantCheck:
 
 
 def quant_check(
-    model: str,
+    model: str | None = None,
     *,
-    edit: Path | None = None,
-    types: Sequence[str] = TYPES,
+    edit: str | Path | None = None,
+    types: str | Sequence[str] = TYPES,
     acceptance: bool = False,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
+    **options: Unpack[QuantOptions],
 ) -> QuantCheck | Planned:
     """Simulate plain passes of llama.cpp over the writers of a model, untouched and edited.
 
     Weights alone, each matrix read once, unless acceptance is asked for.
 
     Args:
-        model: The untouched model: hub id with `@revision`, or directory of a safetensors checkpoint.
+        model: The untouched model: hub id with `@revision`, or directory of a safetensors checkpoint; None takes the
+            recipe's.
         edit: `edit.safetensors`, `recipe.toml`, or the folder that `fit` or `run` made.
-        types: q4_0, q4_1, q5_0, q5_1, q8_0, bf16.
+        types: q4_0, q4_1, q5_0, q5_1, q8_0, bf16; a list, or text with commas.
         acceptance: Also let the model reply to the targets of the report split: untouched and edited, each as it is and
             with the matrices of all its layers quantised, by type. Tells a lost edit from a quantisation that changes
             the model by itself.
         recipe: Rounding of the edit (`export.rounding`), prompts and judges, by default those beside the edit.
         machine: Device and dtype of the replies.
         dry_run: Only say what would be read and answered.
+        **options: What `perpend quant check` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or the edit cannot be read, or an unknown type.
     """
-    started, recipe = time.monotonic(), (recipe or Recipe()).for_model(model)
+    started = time.monotonic()
+    recipe, machine = asked(quant_check, QuantOptions, options, model, recipe, machine)
+    model, types = recipe.model.id, listed(types)
     for kind in types:
         if kind not in KNOWN:
             raise UsageError(
@@ -154,7 +161,7 @@ def quant_check(
         recipe = laid_over(recipe, made, Path(edit)) if made else recipe
     lattices = [kind for kind in types if kind != "bf16"]
     if dry_run:
-        return _planned(model, recipe, machine or Machine(), chosen, lattices if acceptance else None)
+        return _planned(model, recipe, machine, chosen, lattices if acceptance else None)
     source = checkpoint_of(model)
     bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
@@ -162,7 +169,7 @@ def quant_check(
     rows = tuple(Survey(Checkpoint(source.path), bare, anatomy, chosen).rows(types, rounding))
     said = None
     if acceptance:
-        said = replies(model, chosen, lattices, recipe, machine or Machine())
+        said = replies(model, chosen, lattices, recipe, machine)
     passes = tuple(Pass.of(kind, rows) for kind in types)
     name = None if edit is None else str(edit)
     return QuantCheck(model, name, passes, rows, said, round(time.monotonic() - started, 1), rounding)

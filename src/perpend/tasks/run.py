@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.data import Splits
@@ -16,6 +16,8 @@ from perpend.fitting.fit import Fitted, fit_edit
 from perpend.judges.panel import Panel
 from perpend.models.parallel import require_single
 from perpend.models.session import Session
+from perpend.options.asked import asked, require_no_search
+from perpend.options.commands import RunOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import Task, about, edit_facts, peak_memory
 from perpend.tasks.apply import bake_and_prove
@@ -86,26 +88,34 @@ class Clock:
 
 
 def run(
-    model: str,
+    model: str | None = None,
     *,
-    output: Path,
+    output: str | Path,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     dry_run: bool = False,
     tell: Tell | None = None,
+    search: bool = False,
+    storage: str | Path | None = None,
+    workers: int = 1,
+    **options: Unpack[RunOptions],
 ) -> Run:
     """Fit, edit, measure before and after, bake, and prove it on the saved file.
 
     An interrupted run keeps what it has in `OUT.resume`; the same call goes on from there.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         output: Folder to make: the edited model, `edit.safetensors`, `recipe.toml`, `report.html` and
             `report.json`, card.
         recipe: What to do; the defaults use the shipped prompts.
         machine: How to run it.
         dry_run: Only say what would be read and written.
         tell: Is told each part of the result as soon as it is known.
+        search: Search for the edit, as `perpend.search` does.
+        storage: Of a search.
+        workers: Of a search.
+        **options: What `perpend run` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or prompts cannot be read, or the output is not empty.
@@ -114,8 +124,12 @@ def run(
         Interrupted: Ctrl-C.
     """
     require_single("run")
-    output, machine = Path(output), machine or Machine()
-    recipe, said, clock = (recipe or Recipe()).for_model(model), tell or (lambda name, data: None), Clock()
+    recipe, machine = asked(run, RunOptions, options, model, recipe, machine)
+    output, model = Path(output), recipe.model.id
+    if search:
+        return _searched(output, recipe, machine, storage, workers, dry_run, tell)
+    require_no_search({**options, "storage": storage, "workers": None if workers == 1 else workers})
+    said, clock = tell or (lambda name, data: None), Clock()
     require_free(output)
     require_no_partial(output)
     require_roundable(recipe)
@@ -123,8 +137,8 @@ def run(
     splits = open_splits(recipe)
     sizes = {s.name: len(s) for s in splits.sets()}
     if dry_run:
-        asked = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)
-        return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True, asked)
+        cost = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)
+        return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True, cost)
     require_room(model, output, machine)
     with journal(output, journal_key("run", model, recipe, machine, splits), "the same command again") as kept:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)
@@ -136,6 +150,24 @@ def run(
         clock.lap("fit")
         base = Run(str(output), model, session.anatomy.architecture, coverage, sizes, fitted, None, None, None, {})
         return finished(base, session, splits, recipe, machine, panel, kept.replies, said, clock)
+
+
+def _searched(
+    output: Path,
+    recipe: Recipe,
+    machine: Machine,
+    storage: str | Path | None,
+    workers: int,
+    dry_run: bool,
+    tell: Tell | None,
+) -> Run:
+    from perpend.tasks.search import search  # which is made of this module
+
+    made = search(
+        output=output, recipe=recipe, machine=machine, storage=storage, workers=workers, dry_run=dry_run, tell=tell
+    )
+    assert isinstance(made, Run)
+    return made
 
 
 def finished(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe, to_toml
 from perpend.core.kinds import Basis
@@ -20,6 +20,8 @@ from perpend.fitting.accumulate import fixed_position
 from perpend.fitting.fit import Fitted
 from perpend.judges.panel import Panel
 from perpend.models.parallel import require_single
+from perpend.options.asked import asked
+from perpend.options.commands import SearchOptions
 from perpend.refs import ModelRef
 from perpend.searching.base import Base, measure_base
 from perpend.searching.storage import masked
@@ -88,15 +90,16 @@ class Asked:
 
 
 def search(
-    model: str,
+    model: str | None = None,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
     storage: str | Path | None = None,
     workers: int = 1,
     dry_run: bool = False,
     tell: Tell | None = None,
+    **options: Unpack[SearchOptions],
 ) -> Run | Joined:
     """Search for the edit with the most acceptance for the least drift; measure, bake and prove it.
 
@@ -105,7 +108,7 @@ def search(
     `OUT.resume`, or in `storage`; the same call goes on from there, also with another budget or another rule.
 
     Args:
-        model: Hub id with `@revision`, directory or GGUF file.
+        model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
         output: Folder to make, as `run` makes it, with `trials.jsonl`, `front.json`, `front.svg`, `schedules.svg` and
             `study.log`. None joins a search that another process leads on `storage`, with all `workers`.
         recipe: What to search and how long; what it says of direction and edit other than by default is kept.
@@ -115,6 +118,7 @@ def search(
         workers: Processes on this machine, each on a device of its own.
         dry_run: Only say what would be read and written.
         tell: Is told each part of the result as soon as it is known.
+        **options: What `perpend search` takes, by name: over the recipe and the machine.
 
     Raises:
         UsageError: the model or prompts cannot be read, the output is not empty, or another search lies there.
@@ -123,15 +127,16 @@ def search(
         Interrupted: Ctrl-C; says what to type to go on.
     """
     require_single("search")
-    require_roundable(recipe or Recipe())
+    recipe, machine = asked(search, SearchOptions, options, model, recipe, machine)
+    model = recipe.model.id
+    require_roundable(recipe)
     if workers < 1:
         raise UsageError(f"{workers} workers", where="--workers", valid="1 or more")
-    recipe, machine = (recipe or Recipe()).for_model(model), machine or Machine()
     place = str(storage) if storage is not None else os.environ.get(STORAGE) or None
     if output is None:
         return _joined(model, recipe, machine, place, workers)
-    asked = Asked(model, Path(output), recipe, machine, place, workers)
-    _require_place(asked)
+    job = Asked(model, Path(output), recipe, machine, place, workers)
+    _require_place(job)
     ModelRef.parse(model)
     fixed_position(recipe.fit)
     splits = open_splits(recipe)
@@ -139,15 +144,15 @@ def search(
     base = Run(str(output), model, "", (), sizes, None, None, None, None, {})
     if dry_run:
         cost = forecast(
-            model, recipe, machine, splits=splits, output=asked.output, fits=True, measures=2, bakes=True, searches=True
+            model, recipe, machine, splits=splits, output=job.output, fits=True, measures=2, bakes=True, searches=True
         )
         return replace(base, dry_run=True, forecast=cost)
-    require_room(model, asked.output, machine)
+    require_room(model, job.output, machine)
     key = journal_key("search", model, recipe, machine, splits) | {"search": without_budget(recipe)}
-    folder = asked.output.with_name(asked.output.name + ".resume")
-    with journal(asked.output, key, asked.command(folder)) as kept:
+    folder = job.output.with_name(job.output.name + ".resume")
+    with journal(job.output, key, job.command(folder)) as kept:
         (kept.folder / RECIPE).write_text(to_toml(recipe.model_dump(mode="json")), encoding="utf-8")
-        return _search(asked, base, splits, kept, tell or (lambda name, data: None))
+        return _search(job, base, splits, kept, tell or (lambda name, data: None))
 
 
 def _require_place(asked: Asked) -> None:

@@ -33,7 +33,7 @@ class Vector:
         return {"task": "vector", **asdict(self), "layers": list(self.layers), "norms": list(self.norms)}
 
 
-def vector(source: str | Path, *, output: Path, layers: str | None = None, dry_run: bool = False) -> Vector:
+def vector(source: str | Path, *, output: str | Path, layers: str | None = None, dry_run: bool = False) -> Vector:
     """Write the control vector of a fit as a GGUF file for llama.cpp; no model is loaded.
 
     Args:
