@@ -3,7 +3,7 @@
 Every file is copied as it is and then only the byte ranges of the edited matrices are overwritten, so names, order,
 dtypes, shapes, headers, shard layout and untouched tensors are byte-equal because nothing else was ever written. The
 arithmetic is float32 or better and is rounded once, to the tensor's own dtype. Two matrices are in memory at a time, in
-the file's dtype and with a block of columns of each widened; in row mode one, with its result in float32.
+the file's dtype and with a block of columns of each widened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from perpend.core.edits import Edit
-from perpend.core.maps import BLOCK, HookMap, ModuleEdit, edit_bias, edit_weight
+from perpend.core.linear import working
+from perpend.core.maps import BLOCK, Geometry, HookMap, ModuleEdit, edit_bias, edit_weight
 from perpend.core.quant import GROUP, RANGES, Cost, preserve
 from perpend.errors import RunFailed, UsageError, nearest
 from perpend.export.checkpoint import INDEX, Checkpoint, files
@@ -56,7 +57,7 @@ COPY_CHUNK = 64 << 20
 SHORT = (torch.bfloat16, torch.float16)
 """Dtypes beside which float32 is exact: a plain edit of them is computed in it, five times as fast as in float64."""
 WORKERS = 2
-"""Matrices that are edited at the same time; one in row mode, which needs them whole."""
+"""Matrices that are edited at the same time."""
 FILES = 2
 """Files that are written at the same time, so that one is flushed while another is copied."""
 
@@ -246,7 +247,6 @@ def _write(
     While one file is flushed the next one is copied and edited. What rounding to a lattice cost is added to `cost`.
     """
     copied, stopped = SimpleQueue[int](), Event()
-    workers = 1 if any(patch.edit.mode == "row" for patch in patches) else WORKERS
 
     def write(name: str) -> list[Cost]:
         own = [patch for patch in patches if patch.piece.entry.shard == name]
@@ -259,7 +259,7 @@ def _write(
             os.fsync(writer.fileno())
         return found
 
-    with one_thread(), ThreadPoolExecutor(workers) as editors, ThreadPoolExecutor(FILES) as pool:
+    with one_thread(), ThreadPoolExecutor(WORKERS) as editors, ThreadPoolExecutor(FILES) as pool:
         for parent in {(folder / name).parent for name in copies}:
             parent.mkdir(parents=True, exist_ok=True)
         jobs = [pool.submit(write, name) for name in copies]
@@ -332,8 +332,8 @@ def edit_in_place(
 ) -> Cost:
     """Edit a matrix or a bias in place, with one rounding to its dtype, or one to a lattice that its dtype then holds.
 
-    A plain or column-wise edit treats every column on its own, so only a block of columns is widened at a time; a
-    row-wise edit needs the whole matrix.
+    Only a block of columns is widened at a time: a plain or column-wise edit treats every column on its own, and of a
+    row-wise one all that the columns share is gathered before the first of them is overwritten.
 
     Args:
         tensor: [d_out, d_in], or [d_out] for a bias, any floating dtype, on the CPU; overwritten.
@@ -348,15 +348,20 @@ def edit_in_place(
     Raises:
         RunFailed: a result is not finite in the tensor's dtype.
     """
-    whole, cost = tensor.ndim == 1 or edit.mode == "row", Cost()
     short = HookMap.of(None, edit) if edit.mode == "plain" and tensor.ndim == 2 and tensor.dtype in SHORT else None
-    for block in (tensor,) if whole else torch.split(tensor, BLOCK, dim=1):
+    rows = (
+        Geometry.of(tensor, edit.directions, "row").at(edit.weight) if edit.mode == "row" and tensor.ndim == 2 else None
+    )
+    cost = Cost()
+    for block in (tensor,) if tensor.ndim == 1 else torch.split(tensor, BLOCK, dim=1):
         if lattice and block.ndim == 2:
-            exact = edit_weight(block.double(), edit)
+            exact = rows.edited(block.double()) if rows else edit_weight(block.double(), edit)
             new = preserve(exact, edit.directions, lattice, block.dtype)
             cost += Cost.of(exact, new, lattice)
         elif short:
             new = short.edited(block.float())
+        elif rows:
+            new = rows.edited(block.double()).to(working(block.dtype))
         else:
             new = edit_bias(block, edit, matrix) if block.ndim == 1 else edit_weight(block, edit)
         low, high = torch.aminmax(new)  # NaN comes through
