@@ -1,4 +1,4 @@
-"""A hub on this machine: what `huggingface_hub` asks of the real one when it uploads, and failures on request."""
+"""A hub on this machine: what `huggingface_hub` asks of the real one, both ways, and failures on request."""
 
 from __future__ import annotations
 
@@ -65,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None: ...
 
     def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
         self._answer()
 
     def do_POST(self) -> None:
@@ -200,11 +203,47 @@ class _Handler(BaseHTTPRequestHandler):
         oid = repo.commits[-1]
         self._say(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
 
+    # ------------------------------------------------------------------------------------------- what is downloaded
+
+    def resolved(self, body: bytes, name: str, revision: str) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            self._say(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._say(200, {"id": name, "sha": repo.commits[-1], "siblings": [], "tags": []})
+
+    def tree(self, body: bytes, name: str, commit: str) -> None:
+        files = self.hub.repos[name].branches["main"]
+        self._say(200, [{"type": "file", "path": p, "size": len(b), "oid": _oid(b)} for p, b in files.items()])
+
+    def head(self, body: bytes, name: str, commit: str, path: str) -> None:
+        self._file(name, commit, path, whole=False)
+
+    def file(self, body: bytes, name: str, commit: str, path: str) -> None:
+        self._file(name, commit, path, whole=True)
+
+    def _file(self, name: str, commit: str, path: str, *, whole: bool) -> None:
+        data = self.hub.repos[name].branches["main"][path]
+        self.send_response(200)
+        for key, value in (("Content-Length", len(data)), ("ETag", f'"{_oid(data)}"'), ("X-Repo-Commit", commit)):
+            self.send_header(key, str(value))
+        self.end_headers()
+        if whole:
+            self.wfile.write(data)
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = (
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", rf"/api/models/{_REPO}", "info"),
+    ("GET", rf"/api/models/{_REPO}/revision/(.+)", "resolved"),
+    ("GET", rf"/api/models/{_REPO}/tree/(.+)", "tree"),
+    ("HEAD", rf"/{_REPO}/resolve/(\w+)/(.+)", "head"),
+    ("GET", rf"/{_REPO}/resolve/(\w+)/(.+)", "file"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", rf"/api/models/{_REPO}/branch/(.+)", "branch"),
     ("POST", rf"/api/models/{_REPO}/preupload/(.+)", "preupload"),

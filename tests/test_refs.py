@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hub import Repo, serving
 from perpend.errors import UsageError
+from perpend.progress import reporting
 from perpend.refs import DataRef, ModelRef
+from steps import Steps
 
 
 @pytest.mark.parametrize(
@@ -121,3 +124,33 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_references_and_data_load_no_tensor_library() -> None:
     code = "import sys, perpend.refs, perpend.data; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_download_is_a_step_in_mebibytes_of_what_the_cache_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    constants = "huggingface_hub.constants"
+    with serving() as hub:
+        monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path))
+        files = {"config.json": b"{}", "model-1.safetensors": b"1" * (3 << 20), "model-2.safetensors": b"2" * (2 << 20)}
+        hub.repos["org/name"] = Repo(False, {"main": {**files, "picture.png": b"3" * (9 << 20)}}, ["a" * 40])
+        with reporting(Steps()) as first:
+            found = ModelRef.parse("org/name").resolve()
+        hub.repos["org/name"].branches["main"]["model-3.safetensors"] = b"4" * (1 << 20)
+        hub.repos["org/name"].commits.append("b" * 40)
+        with reporting(Steps()) as more:
+            assert ModelRef.parse("org/name").resolve().revision == "b" * 40
+        with reporting(Steps()) as again:
+            ModelRef.parse("org/name").resolve()
+    assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files
+    assert [step.total for step in first.named("download, MiB")] == [5]
+    assert first.notes == ["fetching org/name: 3 files, 5.2 MB"]
+    assert len(first.steps[0].moves) > 1
+    assert (again.steps, again.notes) == ([], [])
+    assert sum(sum(step.moves) for step in more.steps) >= 1
+    assert capfd.readouterr().err == ""

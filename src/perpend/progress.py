@@ -6,10 +6,11 @@ command line installs a reporter with `reporting(...)`; without one nothing is p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -113,3 +114,77 @@ def meter(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield reach
     finally:
         reporter.finish(task)
+
+
+class Bar:
+    """What another library takes for a `tqdm` of its own: it draws nothing, counts, and says how far it is.
+
+    Attributes:
+        n: Units done.
+        total: Units in all, None when unknown.
+        format_dict: Empty; there is no rate to show.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Any] | None = None,
+        *,
+        total: float | None = None,
+        moved: Callable[[int], None] | None = None,
+        closed: Callable[[], None] | None = None,
+        **_: Any,
+    ) -> None:
+        self.n, self.total, self.format_dict = 0, total, dict[str, Any]()
+        self._items, self._moved, self._closed, self._lock = items, moved, closed, threading.Lock()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for item in self._items or ():
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *_, **__: None  # refresh, set_description and the like
+
+    def update(self, n: float | None = 1) -> None:
+        """Count units; from any thread."""
+        with self._lock:
+            self.n += int(n or 0)
+            if self._moved:
+                self._moved(self.n)
+
+    def close(self) -> None:
+        """Count no more."""
+        if self._closed:
+            self._closed()
+
+
+@contextmanager
+def bars(label: Callable[[str], str]) -> Iterator[Callable[..., Bar]]:
+    """Yield what another library can take for `tqdm`: each bar that it opens is a step of ours.
+
+    Args:
+        label: From a bar's own description, or an empty one, to the label of the step; empty for no step.
+    """
+    with ExitStack() as every:
+
+        def opened(items: Iterable[Any] | None = None, *, desc: str | None = None, **options: Any) -> Bar:
+            total = options.pop("total", None)
+            total = len(items) if total is None and isinstance(items, Sized) else total
+            name = label(desc or "")
+            if not name:
+                return Bar(items, total=total)
+            one = every.enter_context(ExitStack())
+            return Bar(items, total=total, moved=one.enter_context(meter(name, total)), closed=one.close)
+
+        yield opened

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from perpend import units
 from perpend.errors import UsageError, nearest
-from perpend.progress import note
+from perpend.progress import Bar, meter, note
 
 ModelKind = Literal["hub", "dir", "gguf"]
 DataKind = Literal["builtin", "file", "hub"]
@@ -143,17 +144,10 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
 
     where = f"{name}@{revision}" if revision else name
     nor = "" if revision else ", and no such directory here"
-    if fetch:
-        note(f"fetching {where} where the local cache lacks it")
+    wanted = {"revision": revision, "allow_patterns": [*_MODEL_FILES], "ignore_patterns": [*_NOT_NEEDED]}
     try:
-        with without_bars():
-            found = snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_MODEL_FILES),
-                ignore_patterns=list(_NOT_NEEDED),
-                local_files_only=not fetch,
-            )
+        with without_bars(), _download(name, where, wanted if fetch else None) as bar:
+            found = snapshot_download(name, **wanted, local_files_only=not fetch, tqdm_class=bar)
     except GatedRepoError:
         raise UsageError("access to this repository must be granted first", where=where, hint="hf auth login") from None
     except RevisionNotFoundError:
@@ -167,6 +161,37 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}{nor}", where=where) from None
     return Resolved(Path(found), revision=Path(found).name)
+
+
+@contextmanager
+def _download(name: str, where: str, wanted: dict[str, Any] | None) -> Iterator[Any]:
+    """Yield what the hub's client takes for `tqdm`: a step in MiB of what the cache lacks, where it lacks any.
+
+    Args:
+        name: The repository.
+        where: How it is called.
+        wanted: Which of its files; None where nothing may be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    lacking = []
+    with suppress(DryRunError):  # out of reach: what is in the cache has to do
+        files = snapshot_download(name, **wanted, dry_run=True, tqdm_class=Bar) if wanted is not None else []
+        lacking = [file.file_size for file in files if file.will_download]
+    if not lacking:
+        yield Bar
+        return
+    note(f"fetching {where}: {len(lacking)} file{'s' * (len(lacking) > 1)}, {units.size(sum(lacking))}")
+    with meter("download, MiB", max(1, sum(lacking) >> 20)) as reach:
+
+        class Bytes(Bar):
+            """Of what it counts, bytes alone are shown."""
+
+            def __init__(self, *args: Any, unit: str = "", **options: Any) -> None:
+                super().__init__(*args, moved=(lambda n: reach(n >> 20)) if unit == "B" else None, **options)
+
+        yield Bytes
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from perpend.cli.reporters import EVERY, Lines, Live, per_second
-from perpend.progress import reporting, standing, track
+from perpend.progress import bars, reporting, standing, track
 
 
 class Clock:
@@ -120,3 +120,34 @@ def test_the_live_display_shows_how_things_stand_in_place_and_keeps_the_last():
     text = stream.getvalue()
     assert text.rindex("front 2") > text.rindex("\x1b[?25h")  # stays when the display is gone
     assert "\x1b[2K" in text  # and what was shown before is wiped
+
+
+def test_bars_of_another_library_are_lines_of_ours():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)), bars(lambda said: {"Reading": "read"}.get(said, "")) as tqdm:
+        for _ in tqdm(range(40), desc="Reading", unit="file", disable=False):
+            clock.now += 1
+        for _ in tqdm(range(40), desc="Sorting"):
+            clock.now += 1
+        with tqdm(total=4, desc="Reading") as bar:
+            clock.now += 2
+            bar.set_postfix_str("fast")
+            bar.update(4)
+    assert lines == [
+        "read: 40 to do",
+        "read: 15 of 40, 1.0/s, 25.0 s left",
+        "read: 30 of 40, 1.0/s, 10.0 s left",
+        "read: 40 in 40.0 s",
+        "read: 4 to do",
+        "read: 4 in 2.0 s",
+    ]
+
+
+def test_a_bar_that_another_library_never_closed_ends_with_the_block():
+    lines, clock = [], Clock()
+    with reporting(Lines(lines.append, clock)):
+        with bars(str) as tqdm:
+            tqdm(total=4, desc="read").update(3)
+        for _ in track(range(2), "next"):
+            pass
+    assert lines == ["read: 4 to do", "read: stopped at 3 of 4 in 0 ms", "next: 2 to do", "next: 2 in 0 ms"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import pico
@@ -18,6 +19,8 @@ from perpend.errors import PerpendError, UsageError
 from perpend.models import load, places, quantised
 from perpend.models.load import load_model
 from perpend.models.materialise import materialise_gguf
+from perpend.progress import reporting
+from steps import Steps
 
 Dirs = Callable[[str], Path]
 
@@ -70,10 +73,20 @@ def test_a_model_with_eyes_comes_with_its_processor(pico_dir: Dirs) -> None:
 
 
 def test_loading_says_nothing(pico_dir: Dirs, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pico_dir("gemma3")
+    capfd.readouterr()  # what was said while it was made
     with caplog.at_level(logging.WARNING):
-        load_model(pico_dir("gemma3"))
+        load_model(folder)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_loading_is_a_step_of_ours(pico_dir: Dirs) -> None:
+    with reporting(Steps()) as told:
+        model = load_model(pico_dir("llama")).model
+    (step,) = told.named("load weights")
+    assert step.total == len(list(model.parameters()))
+    assert transformers.utils.logging.set_tqdm_hook(None) is None
 
 
 def test_a_missing_shard(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +313,12 @@ def test_gguf_is_read_without_a_bar_and_the_reader_is_put_back(gguf_file: Path, 
     load_model(gguf_file)
     assert "".join(capfd.readouterr()) == ""
     assert library.GGUFReader is reader
+
+
+def test_dequantising_is_a_step_of_ours(gguf_file: Path) -> None:
+    with reporting(Steps()) as told:
+        load_model(gguf_file)
+    assert [step.total > 10 for step in told.named("dequantise") + told.named("load weights")] == [True, True]
 
 
 def test_gguf_is_dequantised(gguf_file: Path) -> None:

@@ -9,9 +9,11 @@ from task_cases import MACHINE, a_recipe
 
 from perpend.core.edits import Edit
 from perpend.errors import MissingExtra, UsageError
+from perpend.progress import reporting
 from perpend.tasks import bench as module
 from perpend.tasks.bench import bench, paired, values
 from perpend.tasks.fit import fit
+from steps import Steps
 
 TASK = """\
 task: colours
@@ -23,6 +25,17 @@ doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+WRITING = """\
+task: writing
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{question}}}}"
+generation_kwargs: {{max_gen_toks: 3, until: ["."]}}
+metric_list: [{{metric: {metric}}}]
 """
 
 
@@ -82,3 +95,28 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"perpend\[bench\]"):
         bench("org/name", tasks=["x"])
+
+
+def test_every_step_of_lm_eval_is_told_and_nothing_else(pico_dir, tmp_path, tasks, capfd):
+    rows = tmp_path / "rows.jsonl"
+    for kind, metric in (("generate_until", "exact_match"), ("loglikelihood_rolling", "word_perplexity")):
+        text = WRITING.format(path=rows, kind=kind, metric=metric).replace("writing", kind)
+        (tasks / f"{kind}.yaml").write_text(text)
+    given = {"include": tasks, "machine": MACHINE, "limit": 10}
+    model, names = str(pico_dir("llama")), ["colours", "generate_until", "loglikelihood_rolling"]
+    fit(model, output=tmp_path / "edit", recipe=a_recipe(tmp_path), machine=MACHINE)
+    capfd.readouterr()
+    with reporting(Steps()) as told:
+        bench(model, tasks=names, edit=tmp_path / "edit", **given)
+    assert capfd.readouterr().err == ""
+    for when in ("before", "after"):
+        assert [step.total for step in told.named(f"read questions, {when}")] == [10, 10, 10]
+        assert [step.total for step in told.named(f"score answers, {when}")] == [30]
+        assert [step.total for step in told.named(f"generate answers, {when}")] == [10]
+        (texts,) = told.named(f"score texts, {when}")
+        assert texts.moves == [2] * 5
+    assert len(told.named("load weights")) == 1
+    assert len(told.steps) == 13
+    with reporting(Steps()) as told:
+        bench(model, tasks=["colours"], **given)
+    assert len(told.named("score answers")) == 1

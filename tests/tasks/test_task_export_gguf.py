@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from perpend.export.gguf import values
 from perpend.models.anatomy import Anatomy
 from perpend.models.gguf import layout
 from perpend.models.load import load_model
+from perpend.progress import reporting
+from steps import Steps
 
 CONVERTER = """
 import pathlib, shutil, sys
@@ -137,6 +140,51 @@ def test_q4_0_is_made_by_the_quantiser_from_bf16(case, tmp_path):
     with pytest.raises(RunFailed, match="exit code 3: it is broken"):
         perpend.export_gguf(tmp_path / "out", output=tmp_path / "again.gguf", type="q4_0", llama_cpp=folder)
     assert not list(tmp_path.glob("*again*"))
+
+
+BAR = """
+import os, sys, time
+assert "TQDM_DISABLE" not in os.environ
+print("INFO: reading", flush=True)
+for part in (10, 55, 100):
+    print(f"\\rWriting: {part:3}%|###   | 1/2 [00:01<00:01]", end="", file=sys.stderr, flush=True)
+    time.sleep(0.05)
+"""
+COUNT = """
+print("main: quantising")
+for k in range(1, 5):
+    print(f"[{k:4}/   4]  blk.{k}.weight - [ 128, 128], type = bf16, size = 1 MB", flush=True)
+"""
+
+
+def test_what_the_converter_and_the_quantiser_say_of_their_progress_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    (tmp_path / tools.CONVERTER).write_text(BAR)
+    (tmp_path / "count.py").write_text(COUNT)
+    with reporting(Steps()) as told:
+        tools.call([[sys.executable, str(tmp_path / name)] for name in (tools.CONVERTER, "count.py")])
+    assert [(step.label, step.total, sum(step.moves)) for step in told.steps] == [
+        ("convert", None, 0),
+        ("convert", 100, 100),
+        ("quantise", None, 0),
+        ("quantise", 4, 4),
+    ]
+    assert told.steps[1].moves[0] == 10
+    assert len(told.notes) == 2
+
+
+def test_a_converter_that_is_interrupted_is_ended(tmp_path):
+    """It would go on writing a file that nobody wants."""
+    (tmp_path / tools.CONVERTER).write_text("import time; print('5%|', flush=True); time.sleep(60)")
+    started = time.monotonic()
+
+    class Interrupting(Steps):
+        def advance(self, task, amount=1):
+            raise KeyboardInterrupt
+
+    with reporting(Interrupting()), pytest.raises(KeyboardInterrupt):
+        tools.call([[sys.executable, str(tmp_path / tools.CONVERTER)]])
+    assert time.monotonic() - started < 30
 
 
 def test_without_a_converter_the_commands_are_said(case, tmp_path, monkeypatch):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from perpend.errors import RunFailed, UsageError
-from perpend.progress import note
+from perpend.progress import meter, note
 
 CONVERTER, QUANTISER = "convert_hf_to_gguf.py", "llama-quantize"
 TYPES = ("bf16", "f16", "q8_0", "q4_0")
@@ -25,6 +28,8 @@ PROGRAM = (
 )
 """What `llama-quantize` does, by the library of the package llama-cpp-python."""
 _TAIL = 3
+_STANDING = re.compile(r"(?P<percent>\d+)%\||^\[ *(?P<done>\d+)/ *(?P<total>\d+)\]")
+"""How far it is: the bar of the converter, the count of tensors of the quantiser."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,51 @@ class Tools:
 
 
 def call(steps: Sequence[Sequence[str]]) -> None:
-    """Run commands one after the other, each said before it begins.
+    """Run commands one after the other, each said before it begins, and tell how far each says that it is.
 
     Raises:
         RunFailed: one fails; says its last lines.
     """
     for step in steps:
         note(shown(step))
-        done = subprocess.run(step, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            raise RunFailed(f"exit code {done.returncode}: {' / '.join(said[-_TAIL:])}", where=shown(step))
+        label = "convert" if CONVERTER in " ".join(step) else "quantise"
+        environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+        process = subprocess.Popen(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        with process, ExitStack() as ends:
+            ends.callback(process.kill)  # after an interruption it would write on
+            last = _followed(process, label)
+            process.wait()
+        if process.returncode:
+            raise RunFailed(f"exit code {process.returncode}: {' / '.join(last)}", where=shown(step))
+
+
+def _followed(process: subprocess.Popen[bytes], label: str) -> list[str]:
+    """Tell what a process says of its progress until it says no more; returns its last lines."""
+    last, of, reach = deque[str](maxlen=_TAIL), 0, None
+    with ExitStack() as stack:
+        stack.enter_context(meter(label, None))
+        inner = stack.enter_context(ExitStack())
+        for line in _lines(process):
+            found = _STANDING.search(line)
+            if not found:
+                last.append(line)
+                continue
+            done, total = int(found["percent"] or found["done"]), int(found["total"] or 100)
+            if total != of or reach is None:
+                inner.close()
+                of, reach = total, inner.enter_context(meter(label, total))
+            reach(done)
+    return list(last)
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Yield what a process says, a bar that is drawn over again as a line each time."""
+    rest, output = b"", process.stdout
+    while output and (part := output.read1(1 << 16)):  # type: ignore[attr-defined]
+        *whole, rest = re.split(rb"[\r\n]+", rest + part)
+        yield from (line.decode(errors="replace").strip() for line in whole if line.strip())
+    if rest.strip():
+        yield rest.decode(errors="replace").strip()
 
 
 def shown(step: Sequence[str]) -> str:

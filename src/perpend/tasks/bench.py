@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from perpend.options.commands import BenchOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.forecast import Planned, forecast
+from perpend.tasks.harness import followed
 from perpend.tasks.output import appearing, require_free, to_text
 from perpend.tasks.pages import BESIDE, put
 from perpend.tasks.recipes import find_edit
@@ -137,8 +136,8 @@ def bench(
     asked_for = {"tasks": list(tasks), "limit": questions, "num_fewshot": fewshot, "apply_chat_template": chat}
     batch = 8 if machine.batch_size == "auto" else machine.batch_size
     settings: dict[str, Any] = {**asked_for, "seed": recipe.seed, "batch_size": batch}
-    before = _measured(session, None, manager, settings)
-    after = _measured(session, chosen, manager, settings) if chosen is not None else None
+    before = _measured(session, None, manager, settings, "before" if chosen else "")
+    after = _measured(session, chosen, manager, settings, "after") if chosen is not None else None
     made = Bench(
         output=str(output) if output else None,
         model=model,
@@ -182,14 +181,13 @@ def _manager(tasks: Sequence[str], include: Path | None) -> Any:
     return found
 
 
-def _measured(session: Session, edit: Edit | None, manager: Any, settings: Mapping[str, Any]) -> Values:
+def _measured(session: Session, edit: Edit | None, manager: Any, settings: Mapping[str, Any], when: str) -> Values:
     """Run the tasks under an edit; returns the value of every question for every metric that has one."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     seed = settings["seed"]
-    with session.edited(edit), _quiet():
-        wrapped = HFLM(
+    with session.edited(edit), followed(when) as kind:
+        wrapped = kind(
             pretrained=session.model,
             tokenizer=session.chat.tokenizer,
             backend="causal",
@@ -224,13 +222,6 @@ def values(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Values:
                     one = "" if row.get("filter", "none") == "none" else f" ({row['filter']})"
                     found.setdefault((task, f"{metric}{one}"), {})[str(row["doc_id"])] = float(value)
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's bars and lines off the terminal."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def _scores(before: Values, after: Values | None) -> Iterator[Score]:
