@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,32 @@ HOSTILE = (
 STEERING = "\x1b[2J \u202egnp.exe \u2066 family: \U0001f468\u200d\U0001f467"
 BROKEN = {"broken": 2, "broken_baselines": 5}
 """Of 6 replies of a finalist."""
+CHANGES = [
+    ("refuse", "comply"),
+    ("refuse", "refuse"),
+    ("refuse", "broken"),
+    ("evade", "comply"),
+    *[("comply",) * 2] * 8,
+]
+"""Labels of the pairs on the page, before and after."""
+FILTERS = (
+    {"before": "refuse"},
+    {"after": "comply"},
+    {"changed": 1},
+    {"before": "refuse", "changed": 1, "class": "target"},
+)
+KEYS = {"class": "class", "before": "label_before", "after": "label_after"}
+"""Of a pair in the JSON, by the name of a filter."""
+ROLES = (
+    *("image", "region", "button", "combobox", "checkbox", "searchbox"),
+    *("link", "columnheader", "rowheader"),
+)
+ORDER = (
+    *('href="#labels"', 'href="#provenance"', 'aria-label="Labels', 'aria-label="Drift"', "<summary>Write-leak"),
+    *('name="class"', 'name="before"', 'name="after"', 'name="words"', 'name="changed"', 'id="open"', 'id="fold"'),
+    *('type="reset"', '<summary><span class="q">', "<pre"),
+)
+"""What the tabulator key reaches, in this order."""
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -36,6 +65,8 @@ def made(tmp_path_factory, pico_dir):
     run(str(pico_dir("llama")), output=folder / "out", recipe=recipe, machine=MACHINE)
     path = folder / "out" / "report.json"
     data = json.loads(path.read_text())
+    for pair, (before, after) in zip(data["report"]["pairs"], CHANGES, strict=True):
+        pair |= {"label_before": before, "label_after": after}
     data["report"]["pairs"][0] |= {
         "prompt": HOSTILE,
         "after": HOSTILE + STEERING,
@@ -48,6 +79,31 @@ def made(tmp_path_factory, pico_dir):
     (folder / "out" / "front.json").write_text(json.dumps(front))
     write_report(folder / "out")
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, pico_dir):
+    """The folder of a run whose replies a dictionary and a classifier have judged."""
+    folder = tmp_path_factory.mktemp("judged")
+    recipe = a_recipe(folder, eval={"classifier": "perpend:small"}, prompts={"limit": 3})
+    run(str(pico_dir("llama")), output=folder / "out", recipe=recipe, machine=MACHINE)
+    return folder / "out"
+
+
+def test_the_agreement_of_two_judges_is_a_matrix_per_class_and_side(judged):
+    data = json.loads((judged / "report.json").read_text())
+    page = (judged / "report.html").read_text()
+    for when in ("before", "after"):
+        for kind in ("target", "baseline"):
+            side = data["report"][when][kind]
+            table = page.split(f'aria-label="Agreement, {kind} prompts, {when}"')[1].split("</table>")[0]
+            assert f"Agree on refused or not: {100 * side['agreement']['share']:.1f}\u202f%" in table
+            counts = [int(n) for n in re.findall(r"<td>(\d+)</td>", table)]
+            assert sum(counts) == len(side["replies"]) == 3
+            rows = re.findall(r'scope="row">(\w+)', table)
+            names = {"accepted": "comply", "refused": "refuse", "evaded": "evade", "broken": "broken"}
+            assert {names[row] for row in rows} == {reply["dictionary"]["label"] for reply in side["replies"]}
+    assert "Dictionary only" not in page
 
 
 def test_what_a_run_writes_fits_the_published_schema(made):
@@ -134,20 +190,123 @@ def test_in_a_browser_nothing_is_fetched_and_filters_work(made, browser, look, w
     )
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(19, 21, 23)") == (scheme == "dark")
+    assert wide(browser) == []
 
-    def shown():
-        return browser.execute_script(
-            "return [...document.querySelectorAll('#pairs>details')].filter(x=>!x.hidden).length"
-        )
 
-    whole = shown()
+def wide(browser) -> list[str]:
+    """The parts of the page that cannot be read without scrolling them sideways."""
+    return browser.execute_script("""
+        return [...document.querySelectorAll('.scroll, pre')].filter(x => x.checkVisibility())
+            .filter(x => x.scrollWidth > x.clientWidth + 1).map(x => x.getAttribute('aria-label') || x.textContent)""")
+
+
+def shown(browser) -> int:
+    return browser.execute_script(
+        "return [...document.querySelectorAll('#pairs>details')].filter(x => x.checkVisibility()).length"
+    )
+
+
+def test_filters_show_what_they_name_and_can_be_cleared(made, browser, look):
+    look(390, "dark")
+    browser.get((made / "report.html").as_uri())
+    pairs = json.loads((made / "report.json").read_text())["report"]["pairs"]
+    whole = len(pairs)
+    assert shown(browser) == whole == len(CHANGES)
     assert not browser.find_elements("css selector", "#pairs > details[open]")
     browser.find_element("name", "words").send_keys("onerror")
-    assert shown() == 1
+    assert shown(browser) == 1
     assert browser.find_element("id", "count").text == f"1 of {whole} prompts"
     browser.find_element("id", "open").click()
     assert len(browser.find_elements("css selector", "#pairs > details[open]")) == 1
-    browser.execute_script("document.getElementById('filter').reset()")
-    browser.find_element("name", "class").send_keys("baseline")
-    assert browser.find_element("name", "class").get_attribute("value") == "baseline"
-    assert shown() == whole // 2
+    browser.find_element("id", "fold").click()
+    assert not browser.find_elements("css selector", "#pairs > details[open]")
+    clear = browser.find_element("css selector", "#filter button[type=reset]")
+    clear.click()
+    assert shown(browser) == whole
+    for asked in FILTERS:
+        for name, value in asked.items():
+            field = browser.find_element("name", name)
+            if name == "changed":
+                field.click()
+            else:
+                field.send_keys(field.find_element("css selector", f"option[value={value}]").text)
+        expected = [
+            pair
+            for pair in pairs
+            if all(pair[key] == asked.get(name, pair[key]) for name, key in KEYS.items())
+            and ("changed" not in asked or pair["label_before"] != pair["label_after"])
+        ]
+        assert 0 < len(expected) < whole, asked
+        assert shown(browser) == len(expected), asked
+        clear.click()
+        assert shown(browser) == whole
+
+
+def test_everything_can_be_reached_and_opened_by_keyboard(made, browser, look):
+    from selenium.webdriver.common.keys import Keys
+
+    look(1100, "light")
+    browser.get((made / "report.html").as_uri())
+
+    def here():
+        return browser.execute_script("return document.activeElement.outerHTML.slice(0, 90)")
+
+    browser.find_element("css selector", "body").send_keys(Keys.TAB)
+    assert 'class="skip"' in here()
+    assert browser.execute_script("return document.activeElement.getBoundingClientRect().left >= 0")
+    reached = []
+    while len(reached) < 200 and "<body" not in here():
+        reached.append(here())
+        assert browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid", here()
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+    order = [next((k for k, found in enumerate(reached) if mark in found), -1) for mark in ORDER]
+    assert order == sorted(order), list(zip(ORDER, order, strict=True))
+    assert order[0] > 0
+    assert sum('<summary><span class="q">' in found for found in reached) == len(CHANGES)
+    first = browser.find_element("css selector", "#pairs summary")
+    first.send_keys(Keys.ENTER)
+    assert browser.find_element("css selector", "#pairs details[open] .reply").is_displayed()
+
+
+def test_a_screen_reader_is_told_what_every_part_is(judged, made, browser, look):
+    look(390, "light")
+    for folder in (judged, made):
+        browser.get((folder / "report.html").as_uri())
+        browser.execute_script("document.querySelectorAll('details').forEach(x => x.open = true)")
+        nodes = [n for n in browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"] if not n["ignored"]]
+
+        def named(role, nodes=nodes):
+            found = [n for n in nodes if n["role"]["value"] == role]
+            return [n.get("name", {}).get("value", "") for n in found]
+
+        for role in ("banner", "navigation", "main", "contentinfo", "form", "status"):
+            assert len(named(role)) == 1, role
+        figures = len(browser.find_elements("css selector", "svg.fig"))
+        assert len(named("image")) == figures > 4
+        for role in ROLES:
+            assert named(role), role
+            assert "" not in named(role), role
+        assert len(named("table")) == len(browser.find_elements("css selector", "table"))
+        levels = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(x => +x.tagName[1])")
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(b <= a + 1 for a, b in pairwise(levels)), levels
+
+
+def test_on_paper_nothing_is_dark_or_cut_off(judged, browser, look):
+    look(688, "dark")  # A4 between its margins
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
+    browser.get((judged / "report.html").as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(x => x.open = true)")
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert wide(browser) == []
+    for hidden in ("nav", "#filter"):
+        assert not browser.find_element("css selector", hidden).is_displayed()
+    size = "return parseFloat(getComputedStyle(document.querySelector(arguments[0])).fontSize)"
+    body, *smaller = (browser.execute_script(size, part) for part in ("body", ".note", "td", ".verdict span"))
+    assert max(smaller) <= body < 14
+    made = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+    assert base64.b64decode(made).startswith(b"%PDF")

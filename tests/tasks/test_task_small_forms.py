@@ -41,7 +41,11 @@ def test_an_adapter_says_what_it_is_and_is_the_edit(pico_dir: Dirs, fitted: Path
     made = perpend.adapter(str(model), edit=fitted, output=out, machine=MACHINE)
     assert made.adapter.exact
     expected = {"adapter_config.json", "adapter_model.safetensors", "edit.safetensors", "recipe.toml", "README.md"}
+    expected |= {"report.json", "report.html"}
     assert names(out) == expected
+    page = (out / "report.html").read_text()
+    assert "the edit itself, to the rounding of float32" in page
+    assert "Schedule" in page
     assert Edit.load(out / "edit.safetensors").sha256 == Edit.load(fitted / "edit.safetensors").sha256
     card = ModelCard.load(out / "README.md")
     assert (card.data.library_name, card.data.license, card.data.base_model) == ("peft", "mit", None)
@@ -66,7 +70,8 @@ def test_the_command_says_what_a_column_wise_adapter_leaves_out(
     said = capsys.readouterr().out
     assert "left out of a module's change" in said
     assert "% at most" in said
-    assert "is left out" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    for name in ("README.md", "report.html"):
+        assert "is left out" in (tmp_path / "adapter" / name).read_text(encoding="utf-8")
     assert main(line) == 2
 
 

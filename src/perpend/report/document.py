@@ -428,6 +428,8 @@ class Document(_Part):
     fit: Fit | None = None
     edit: Edit | None = None
     report: Report | None = None
+    adapter: dict[str, Any] = {}
+    """Of an adapter: its rank, whether it is exact, the largest share of a module's change that it leaves out."""
     gate: Gate | None = None
     front: tuple[Front, ...] = ()
     """From `front.json` beside it."""

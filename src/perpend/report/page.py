@@ -23,6 +23,7 @@ QUESTIONS = {
     "eval": "How replies changed in",
     "fit": "The direction that was found in",
     "apply": "An edit, read back from the file of",
+    "adapter": "An edit as an adapter of",
     "bench": "Benchmarks before and after an edit of",
     "search": "What a search found in",
 }
@@ -200,12 +201,16 @@ def drift_rows(document: Document) -> list[tuple[str, str, str, str]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    """Return a number with a true minus sign, and its per cent sign at a space where no line is broken."""
+    if value is None:
+        return "–"
+    text = format(value, form).replace("%", "\u202f%")
+    return "−" + text[1:] if text.startswith("-") else text
 
 
 def percent(value: float | None) -> str:
     """Return a share as per cent."""
-    return _number(value, ".1%").replace("%", "\u2009%")
+    return _number(value, ".1%")
 
 
 def plain(value: float | None, form: str = ".3f") -> str:
@@ -215,7 +220,7 @@ def plain(value: float | None, form: str = ".3f") -> str:
 
 def signed(value: float | None, form: str = "+.3f") -> str:
     """Return a number with its sign, a dash where there is none."""
-    return _number(value, form).replace("-", "−")
+    return _number(value, form)
 
 
 def points(value: float | None) -> str:
@@ -227,4 +232,4 @@ def span(bounds: Sequence[float | None] | None, form: str = ".1%") -> str:
     """Return an interval, a dash without one."""
     if not bounds or None in bounds:
         return "–"
-    return f"{bounds[0]:{form}} – {bounds[1]:{form}}".replace("%", "\u2009%")
+    return f"{_number(bounds[0], form)} – {_number(bounds[1], form)}"

@@ -19,7 +19,7 @@ from perpend.models.session import Session
 from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import RECIPE, pinned
 
-Task = Literal["run", "search", "fit", "apply", "eval", "bench"]
+Task = Literal["run", "search", "fit", "apply", "adapter", "eval", "bench"]
 
 
 def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dict[str, Any]:
@@ -64,6 +64,7 @@ _COMMANDS: dict[Task, str] = {
     "search": f"perpend run --config {RECIPE} -o OUT",
     "fit": f"perpend fit --config {RECIPE} -o OUT",
     "apply": f"perpend apply {RECIPE} -o OUT",
+    "adapter": f"perpend adapter {RECIPE} -o OUT",
     "eval": f"perpend eval --config {RECIPE} --edit EDIT -o OUT",
     "bench": f"perpend bench --config {RECIPE} --edit EDIT -o OUT",
 }

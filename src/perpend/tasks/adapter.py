@@ -15,11 +15,13 @@ from perpend.export.card import CARD, base_front_matter
 from perpend.options.asked import asked_of_source
 from perpend.options.commands import AdapterOptions
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.output import appearing, require_free, require_no_partial
+from perpend.tasks.pages import put
 from perpend.tasks.recipes import EDIT, pinned, write_recipe
-from perpend.tasks.setup import open_session, require_fitting
+from perpend.tasks.setup import open_session, require_fitting, versions
 
 RANK = 16
 """Rank of an adapter of an edit that has none of its own."""
@@ -60,7 +62,8 @@ def adapter(
 
     Args:
         source: A model with `edit`, or the `recipe.toml` that lies beside an edit.
-        output: Folder to make: `adapter_config.json`, `adapter_model.safetensors`, the edit, the recipe, a card.
+        output: Folder to make: `adapter_config.json`, `adapter_model.safetensors`, the edit, the recipe, a card,
+            `report.json`, `report.html`.
         edit: `edit.safetensors`, or the folder that `fit` or `run` made.
         rank: Of the adapter where the edit has none of its own: column mode, row mode of a model with fused experts.
         recipe: How the edit was made; by default that of the recipe beside the edit.
@@ -90,7 +93,11 @@ def adapter(
         write_recipe(partial, pinned(found, session.loaded), chosen)
         front = _front_matter(base if ref.kind == "hub" else None, base_front_matter(folder))
         (partial / CARD).write_text(_card(base, front, output.name, made), encoding="utf-8")
-    return Adapted(str(output), model, made, round(time.monotonic() - started, 1))
+        adapted = Adapted(str(output), model, made, round(time.monotonic() - started, 1))
+        facts = about("adapter", session, found, machine or Machine()) | {"peak_memory": peak_memory()}
+        edited = {"versions": versions(), "about": facts, "edit": edit_facts(chosen, session.anatomy)}
+        put(partial, adapted.to_json() | edited)
+    return adapted
 
 
 def _front_matter(base: str | None, passed_on: Mapping[str, Any]) -> str:
