@@ -24,8 +24,8 @@ demo: $(VENV)/.demo ## the whole way on a small model: out/demo has the edited m
 	rm -rf out/demo
 	$(BIN)/perpend demo -o out/demo $(if $(LIMIT),--limit $(LIMIT))
 
-test: $(VENV)/.dev ## the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(VENV)/.dev ## the tests, without the slow ones; those that are left out here are said, with the reason
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs -m "not slow"
 
 check: $(VENV)/.dev ## style, types, and that the generated documentation is up to date
 	$(BIN)/ruff check .

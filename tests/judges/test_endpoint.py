@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -327,10 +328,47 @@ def test_a_real_server_is_asked(smollm2, tmp_path):
             except OSError:
                 time.sleep(1)
         settings = Settings.parse(f"endpoint:http://127.0.0.1:{port}/v1#model=smollm2,timeout=120,parallel=1,tokens=24")
-        found = EndpointJudge(settings, cache=tmp_path).verdicts([(REQUEST, ANSWER), (REQUEST, REFUSAL)])
+        asked_and_read(settings, tmp_path)
     finally:
         process.terminate()
         process.wait(30)
-    assert all(v.label in Label for v in found)
-    assert not any("HTTP" in v.reason or "no answer" in v.reason for v in found), found
-    assert len(list(tmp_path.rglob("*.json"))) == 2
+    answers_are_kept(settings, tmp_path)
+
+
+PAIRS = [(REQUEST, ANSWER), (REQUEST, REFUSAL), ("What is 2 + 2?", "4")]
+
+
+def asked_and_read(settings: Settings, cache: Path) -> None:
+    """Compare what the judge makes of a server's answers with those answers, had by another client."""
+    judge = EndpointJudge(settings, cache=cache)
+    found = judge.verdicts(PAIRS)
+    for pair, verdict in zip(PAIRS, found, strict=True):
+        body = {"model": settings.model, "temperature": 0, "max_tokens": settings.tokens}
+        body["messages"] = [{"role": "user", "content": judge._question(*pair)}]
+        request = urllib.request.Request(
+            f"{settings.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=settings.timeout) as answered:
+            choice = json.loads(answered.read())["choices"][0]
+        said = choice["message"]["content"]
+        word = said.strip(" .*").removeprefix("Label: ").lower()
+        if choice.get("finish_reason") != "length" and word in ("comply", "refuse", "evade", "broken"):
+            assert verdict.label.value == word, said
+        else:
+            assert verdict.label is Label.UNKNOWN
+            assert " ".join(said.split())[:40] in verdict.reason
+
+
+def answers_are_kept(settings: Settings, cache: Path) -> None:
+    """Ask again when the server is gone: what it answered whole is there, without a request."""
+    whole = len(list(cache.rglob("*.json")))
+    again = EndpointJudge(settings, cache=cache, sleep=lambda _: None).verdicts(PAIRS)
+    assert sum("no answer" not in verdict.reason for verdict in again) == whole > 0
+
+
+@pytest.mark.parametrize("answer", ["COMPLY", "Label: refuse.", "It is a reply to a question"])
+def test_what_a_server_says_is_what_is_read(tmp_path, answer):
+    with FakeServer(lambda text: "BROKEN" if "2 + 2" in text else answer) as server:
+        settings = Settings(server.url, "tiny", parallel=1)
+        asked_and_read(settings, tmp_path)
+    answers_are_kept(settings, tmp_path)
