@@ -144,7 +144,11 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
 
     where = f"{name}@{revision}" if revision else name
     nor = "" if revision else ", and no such directory here"
-    wanted = {"revision": revision, "allow_patterns": [*_MODEL_FILES], "ignore_patterns": [*_NOT_NEEDED]}
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": [*_MODEL_FILES],
+        "ignore_patterns": [*_NOT_NEEDED],
+    }
     try:
         with without_bars(), _download(name, where, wanted if fetch else None) as bar:
             found = snapshot_download(name, **wanted, local_files_only=not fetch, tqdm_class=bar)
@@ -175,12 +179,13 @@ def _download(name: str, where: str, wanted: dict[str, Any] | None) -> Iterator[
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
+    bar: Any = Bar
     lacking = []
     with suppress(DryRunError):  # out of reach: what is in the cache has to do
-        files = snapshot_download(name, **wanted, dry_run=True, tqdm_class=Bar) if wanted is not None else []
+        files = snapshot_download(name, **wanted, dry_run=True, tqdm_class=bar) if wanted is not None else []
         lacking = [file.file_size for file in files if file.will_download]
     if not lacking:
-        yield Bar
+        yield bar
         return
     note(f"fetching {where}: {len(lacking)} file{'s' * (len(lacking) > 1)}, {units.size(sum(lacking))}")
     with meter("download, MiB", max(1, sum(lacking) >> 20)) as reach:
