@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from fitting_cases import mean_difference, pair, session_on
@@ -65,3 +67,35 @@ def test_it_ends_when_nothing_is_left(tmp_path):
     assert torch.allclose(
         made.edit.modules[made.steps[0].modules[0]].directions[0].abs(), (u / u.norm()).abs(), atol=1e-5
     )
+
+
+def test_an_interrupted_fit_goes_on_in_the_step_where_it_was(pico_dir, monkeypatch):
+    session, both, kept, read = session_on(pico_dir("llama")), pair(5), {}, []
+    section = FitSection(strategy="iterative", modules_per_batch=2)
+    first = accumulate(session, both, section)
+    whole = iterate(session, both, section, EVERYWHERE, first, None)
+
+    def checkpoint(name, state):
+        if state is not None:
+            kept[name] = copy.deepcopy(state)
+        return kept.get(name) if state is None else None
+
+    def capture(prompts, **how):
+        if len(read) == 3:  # the second step has read both classes, the third its targets
+            raise KeyboardInterrupt
+        read.append(len(prompts))
+        return captured(prompts, **how)
+
+    captured = session.capture
+    monkeypatch.setattr(session, "capture", capture)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(session, both, section, EVERYWHERE, first, None, checkpoint=checkpoint)
+    assert read == [5, 5, 5]
+    read[:] = []
+    monkeypatch.setattr(
+        session, "capture", lambda prompts, **how: read.append(len(prompts)) or captured(prompts, **how)
+    )
+    again = iterate(session, both, section, EVERYWHERE, first, None, checkpoint=checkpoint)
+    assert read == [0, 0, 0, 5]
+    assert again.edit.sha256 == whole.edit.sha256
+    assert again.steps == whole.steps

@@ -28,6 +28,7 @@ from perpend.fitting.layers import (
 )
 from perpend.judges.labels import Label
 from perpend.models.session import Reply, Session
+from perpend.tasks.journal import Journal
 
 LAYERS = 7
 SORRY = 77
@@ -107,6 +108,27 @@ def judged(monkeypatch: pytest.MonkeyPatch, rule: str, n_layers: int) -> list[in
 def test_the_published_rule_tries_every_layer_and_thrift_about_ten(monkeypatch):
     assert judged(monkeypatch, "published", 40) == list(range(1, 37))
     assert 10 <= len(judged(monkeypatch, "thrift", 40)) <= 16
+
+
+def test_an_interrupted_choice_goes_on_with_the_layers_that_are_left(refusing, tmp_path, monkeypatch):
+    session, p = refusing
+    whole, judged, judge = choose_layer(session, planted(4, p), EditSection(), probe()), [], layers._judge
+
+    def stopping(*args):
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        judged.append(args[4])
+        return judge(*args)
+
+    monkeypatch.setattr(layers, "_judge", stopping)
+    kept = Journal(tmp_path).checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        choose_layer(session, planted(4, p), EditSection(), probe(), checkpoint=kept)
+    first = judged[:]
+    monkeypatch.setattr(layers, "_judge", lambda *args: judged.append(args[4]) or judge(*args))
+    assert choose_layer(session, planted(4, p), EditSection(), probe(), checkpoint=kept) == whole
+    assert judged[:2] == first
+    assert sorted(judged) == [1, 2, 3, 4, 5, 6]
 
 
 def tried(layer: int, bypass: float, drift: float, in_bounds: bool = True, induced: float = 1.0) -> Candidate:

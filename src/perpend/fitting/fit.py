@@ -75,7 +75,7 @@ def fit_edit(
         splits: Prompts; the report split is not looked at.
         recipe: What to do.
         replies: Gives a store of replies by name, so that an interrupted fit goes on where it was.
-        checkpoint: Keeps sums, likewise.
+        checkpoint: Keeps sums and candidates, likewise.
 
     Raises:
         RunFailed: too few prompts on which the model does what their class says; a layer without separation.
@@ -98,7 +98,7 @@ def fit_edit(
     section = recipe.fit.model_copy(update={"position": position})
     steps: tuple[Step, ...] = ()
     if recipe.fit.strategy == "iterative":
-        made = iterate(session, pair, section, recipe.edit, directions, layer)
+        made = iterate(session, pair, section, recipe.edit, directions, layer, checkpoint=checkpoint)
         edit, steps = Edit(made.edit.modules, provenance), made.steps
     else:
         source = from_layer(directions, layer)
@@ -132,19 +132,20 @@ def all_at(
     With `held_out` those of the first also say how well they separate it.
     """
     checkpoint, provenance = kept
-
-    def named(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
-        return checkpoint(f"{name}{position}", state) if checkpoint else None
-
     return families(
         session,
         pair,
         recipe.fit.model_copy(update={"position": position}),
         bases,
         held_out=held_out,
-        checkpoint=named if checkpoint else None,
+        checkpoint=at(checkpoint, position),
         provenance={**provenance, "position": position},
     )
+
+
+def at(checkpoint: Checkpoint | None, position: int) -> Checkpoint | None:
+    """Return a checkpoint that keeps what belongs to one position."""
+    return (lambda name, state: checkpoint(f"{name}{position}", state)) if checkpoint else None
 
 
 def choose(
@@ -155,7 +156,8 @@ def choose(
     tried: dict[Candidate, tuple[int, Directions, Choice]] = {}
     for position in positions:
         directions = at_position(session, pair, held_out, recipe, position, kept)
-        choice = choose_layer(session, directions, recipe.edit, probe, rule=recipe.fit.choice)
+        named = at(kept[0], position)
+        choice = choose_layer(session, directions, recipe.edit, probe, rule=recipe.fit.choice, checkpoint=named)
         tried[choice.best] = (position, directions, choice)
     untouched = next(iter(tried.values()))[2].untouched
     return tried[best(tried, untouched, recipe.fit.choice)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from perpend.config import EditSection, FitSection
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.data import PromptPair
-from perpend.fitting.accumulate import class_stats, directions_of
+from perpend.fitting.accumulate import Checkpoint, class_stats, directions_of
 from perpend.fitting.plan import from_layer, plan_edit, weight_factors
 from perpend.models.anatomy import Writer
 from perpend.models.session import Session
@@ -50,6 +51,8 @@ def iterate(
     section: EditSection,
     first: Directions,
     layer: float | None,
+    *,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterated:
     """Edit the writers in batches, measuring the directions again before each with the edits so far in place.
 
@@ -63,17 +66,22 @@ def iterate(
         section: Schedules and mode.
         first: Directions of the untouched model.
         layer: Layer that every module takes its direction from; None for its own.
+        checkpoint: Keeps the sums of every step, so that an interrupted fit goes on in the step where it was.
     """
     factors = weight_factors(session.anatomy, section)
     active = [w for w in session.anatomy.writers if factors[w.component][w.layer] != 0]
     modules: dict[str, ModuleEdit] = {}
     steps: list[Step] = []
+
+    def of_this_step(name: str, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        return checkpoint(f"{name}.step{len(steps)}", state) if checkpoint else None
+
     for batch in groups(active, fit.modules_per_batch):
         place = batch[-1].layer if layer is None else round(layer)
         now, size = first, 1.0
         if modules:
             with session.edited(Edit(modules)):
-                target, baseline = stats = class_stats(session, pair, fit)
+                target, baseline = stats = class_stats(session, pair, fit, checkpoint=of_this_step)
                 size = float((target.mean[place] - baseline.mean[place]).norm() / first.raw_norm[place])
                 if size < SMALL:  # before a fit that would find no direction
                     break

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from perpend.core.directions import Directions
 from perpend.core.schedule import Constant
 from perpend.data import Prompt
 from perpend.errors import RunFailed
+from perpend.fitting.accumulate import Checkpoint
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.plan import from_layer, plan_edit
 from perpend.models.recall import Recalled
@@ -146,6 +147,7 @@ def choose_layer(
     *,
     rule: Rule = "thrift",
     stride: int | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Choice:
     """Try the direction of each candidate layer with forward passes only.
 
@@ -157,6 +159,7 @@ def choose_layer(
         rule: Which candidate is taken; see the head of this module.
         stride: Every how many layers a candidate; the neighbours of the best are tried afterwards. By default every
             layer under the published rule, and such that about ten are tried under the other.
+        checkpoint: Keeps every candidate that was tried, so that an interrupted choice goes on where it was.
 
     Returns:
         The chosen candidate and all that were tried.
@@ -165,11 +168,14 @@ def choose_layer(
     first = min(1, last)
     step = stride or (1 if rule == "published" else max(1, last // 10))
     untouched, silent, reference = probe.refusal(session), probe.induced(session), Recalled(session)
-    tried: dict[int, Candidate] = {}
+    kept = checkpoint("layers", None) if checkpoint else None
+    tried = {row["layer"]: Candidate(**row) for row in (kept or {"tried": []})["tried"]}
 
     def attempt(layers: Sequence[int]) -> Candidate:
         for layer in track([x for x in layers if x not in tried], "try layers"):
             tried[layer] = _judge(session, directions, section, probe, layer, silent, reference)
+            if checkpoint:
+                checkpoint("layers", {"tried": [asdict(candidate) for candidate in tried.values()]})
         return best(tried.values(), untouched, rule)
 
     found = attempt(range(last, first - 1, -step))
