@@ -118,6 +118,13 @@ def test_everything_is_written_and_nothing_is_left_behind(done, pico_dir):
         assert (folder / "out" / name).read_text().startswith('<?xml version="1.0"')
 
 
+def test_each_candidate_is_told_as_soon_as_it_has_replied(done):
+    kinds = [kind for kind, _ in done[2]]
+    before = [kinds[k - 1] for k, kind in enumerate(kinds) if kind in ("survivor", "finalist")]
+    assert before == ["read"] * (kinds.count("survivor") + kinds.count("finalist"))
+    assert min(kinds.count("survivor"), kinds.count("finalist")) > 1
+
+
 def test_the_report_split_is_not_read_before_the_choice_is_made(done):
     folder, _, order = done
     splits = load_splits(recipe(folder).prompts)

@@ -221,10 +221,11 @@ def _replied(
     asked, n = dict[str, Trial](), site.recipe.search.survivors
 
     def shortly(trials: Sequence[Trial]) -> list[Point]:
-        found = [replies.shortly(_point(trial, trial in on_front, site)) for trial in trials]
-        for trial, point in zip(trials, found, strict=True):
-            asked[point.name] = trial
-            tell("survivor", point.to_json(site.session.n_layers))
+        found = []
+        for trial in trials:
+            found.append(replies.shortly(_point(trial, trial in on_front, site)))
+            asked[found[-1].name] = trial
+            tell("survivor", found[-1].to_json(site.session.n_layers))
         return found
 
     points = shortly(first(view, on_front, n))
