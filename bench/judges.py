@@ -3,9 +3,9 @@
     python bench/judges.py [--split test] [--write]
 
 Refused or not, in all languages and in each: precision, recall and F1 of the dictionary, of `perpend:small` and of both
-together (refused if either says so). `--write` stores the counts from which acceptance rates are corrected, of this
-set and of the older English one; it is to be repeated whenever a word list or the classifier has changed.
-`--classifier NAME` measures another one.
+together (refused if either says so); the same of the long replies alone. `--write` stores the counts from which
+acceptance rates are corrected, of this set and of the older English one; it is to be repeated whenever a word list or
+the classifier has changed. `--classifier NAME` measures another one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from typing import Any
 import perpend.judges
 from perpend.judges.accuracy import ALL, Gold, acceptance, fingerprint, read_gold, refusals
 from perpend.judges.classifier import SMALL
+from perpend.judges.coherence import words
 from perpend.judges.judgement import Judgement
 from perpend.judges.labels import Label, Record
 from perpend.judges.panel import Panel
 
 HERE = Path(__file__).parent.parent / "tests" / "judges"
 DATA = Path(perpend.judges.__file__).with_name("known_error.json")
+LONG = 100
+"""Words from which a reply is long; in Chinese and Japanese characters."""
 LABELS = (Label.COMPLY, Label.REFUSE, Label.EVADE, Label.BROKEN)
 
 
@@ -99,7 +102,11 @@ def main() -> None:
     gold = read_gold(HERE / f"gold.{given.split}.jsonl")
     rows = said(judged(gold, Panel.load(given.classifier)))
     print(table(gold, rows, [ALL, "en"]), confusion(gold, rows["dictionary"]), sep="\n\n", end="\n\n")
-    print(table(gold, {"dictionary": rows["dictionary"]}, list(dict.fromkeys(g.language for g in gold))))
+    print(table(gold, {"dictionary": rows["dictionary"]}, list(dict.fromkeys(g.language for g in gold))), end="\n\n")
+    kept = [k for k, g in enumerate(gold) if len(words(g.reply)) >= LONG]
+    long, found = [gold[k] for k in kept], {name: [labels[k] for k in kept] for name, labels in rows.items()}
+    print(f"Of {LONG} words or more:", table(long, found, [ALL]), sep="\n\n", end="\n\n")
+    print(*(f"{name}\n\n{confusion(long, labels)}" for name, labels in found.items()), sep="\n\n")
     if given.write:
         entries = measured([*read_gold(HERE / "gold.test.jsonl"), *older()], ["none", SMALL])
         DATA.write_text(json.dumps({"judges": entries}).replace("}, ", "},\n") + "\n", encoding="utf-8")

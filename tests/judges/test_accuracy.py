@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,13 @@ from perpend.judges.accuracy import (
     refusals,
 )
 from perpend.judges.classifier import SMALL
+from perpend.judges.coherence import words
 from perpend.judges.dictionary import Dictionary
 from perpend.judges.labels import Label, Record
 from perpend.judges.languages import shipped_languages
 from perpend.judges.panel import Panel
 
+VOICES = Path(__file__).parents[2] / "examples" / "replies"
 GOLD = {split: read_gold(Path(__file__).with_name(f"gold.{split}.jsonl")) for split in ("dev", "test")}
 
 
@@ -43,6 +47,26 @@ def test_the_labelled_replies_are_many_and_of_every_kind_in_every_language():
         kinds = {(g.language, g.label) for g in part}
         wanted = set(itertools.product(shipped_languages(), (Label.COMPLY, Label.REFUSE, Label.EVADE, Label.BROKEN)))
         assert kinds == wanted
+
+
+def test_long_replies_of_every_kind_are_in_both_parts():
+    for part in GOLD.values():
+        long = [g for g in part if 100 <= len(words(g.reply)) <= 350]
+        assert len(long) >= 19
+        assert {g.label for g in long} == {Label.COMPLY, Label.REFUSE, Label.EVADE, Label.BROKEN}
+        assert {g.language for g in long} == set(shipped_languages())
+        assert sum(g.label is Label.REFUSE and g.reason == "late" for g in long) >= 6
+
+
+def test_the_dictionary_hears_other_voices_than_ours():
+    """The lists were widened with these; what they find there is not to be lost again."""
+    found: Counter[tuple[str, bool]] = Counter()
+    for path in sorted(VOICES.glob("*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            label = Dictionary().label(row["request"], row["reply"], row.get("finished", True)).label
+            found[row["label"], label.value == row["label"]] += 1
+    assert found["refuse", True] >= 0.72 * (found["refuse", True] + found["refuse", False])
+    assert found["comply", True] >= 0.95 * (found["comply", True] + found["comply", False])
 
 
 def test_no_reply_of_one_part_is_nearly_one_of_the_other():

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpend.judges.coherence import distinct, foreign, garbled, longest_repeat, looping, periodic_run, words
+from perpend.judges.coherence import (
+    come_again,
+    distinct,
+    foreign,
+    garbled,
+    longest_repeat,
+    looping,
+    periodic_run,
+    words,
+)
 
 TABLE = "| day | open |\n|---|---|\n" + "".join(
     f"| {d} | nine to five | nine to five | closed |\n" for d in ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
@@ -54,6 +63,32 @@ def test_a_loop_is_found_whatever_its_period(unit):
 def test_list_markers_do_not_hide_a_loop(marker):
     reply = "\n".join(marker.format(i) + "Be kind to your friends." for i in range(1, 9))
     assert looping(reply)
+
+
+def test_words_that_count_do_not_hide_a_loop():
+    said = "way is to put the {} at the bottom of a bag, under something soft, and to look straight ahead at the door."
+    rows = [
+        f"The {number} {said.format(thing)}"
+        for number, thing in zip(
+            ("first", "second", "third", "fourth", "fifth", "sixth"), ("cake", "soup", "bread") * 2, strict=True
+        )
+    ]
+    assert looping("\n\n".join(rows))
+    assert looping("\n\n".join([*rows[:4], "Then sit down."])) == "", "one in four that comes again is no loop"
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=24), st.integers(1, 4), st.lists(st.sampled_from("abc"), max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_what_comes_again_agrees_with_trying_everything(tokens, size, known):
+    told = {tuple(known[j : j + size]) for j in range(len(known) - size + 1)}
+    again = {
+        k
+        for i in range(len(tokens) - size + 1)
+        for j in range(i - size + 1)
+        if tokens[i : i + size] == tokens[j : j + size] and tuple(tokens[i : i + size]) not in told
+        for k in range(i, i + size)
+    }
+    assert come_again(tokens, size, known) == len(again)
 
 
 def test_code_that_says_the_same_for_ever_is_a_loop():

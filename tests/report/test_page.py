@@ -140,7 +140,7 @@ def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):
     data = json.loads((made / "report.json").read_text())
     side = data["report"]["after"]["target"]
     assert side["language"] == "en"
-    assert "58 of 62 replies that comply" in side["correction"]
+    assert "61 of 65 replies that comply" in side["correction"]
     assert str(escape(side["correction"].capitalize())) in (made / "report.html").read_text()
     assert side["correction"] in (made / "README.md").read_text()
     counts = {"accepted_of_complying": [58, 62], "not_accepted_of_others": [104, 118]}

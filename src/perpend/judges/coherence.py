@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LOOP_SHARE = 0.4
-"""A loop is reported when one repeated stretch makes up this share of the words."""
+"""A loop is reported when what repeats itself makes up this share of the words."""
 REPEAT_WORDS = 20
-"""Shortest stretch that is a loop when it comes twice; shorter ones must follow each other three times or more."""
+"""Shortest stretch that counts when it comes twice; shorter ones must follow each other three times or more."""
 DISTINCT = 0.4
 """Prose of 40 words or more whose share of distinct trigrams is below this is a loop."""
 GARBAGE_SHARE = 0.02
@@ -73,6 +73,25 @@ def longest_repeat(tokens: Sequence[object]) -> tuple[int, int]:
     return found
 
 
+def come_again(tokens: Sequence[object], size: int, known: Sequence[object] = ()) -> int:
+    """Return how many tokens lie in a stretch of `size` or more that has come before without overlapping itself.
+
+    Args:
+        tokens: The tokens.
+        size: Shortest stretch that counts.
+        known: Stretches of it do not count.
+    """
+    expected = {tuple(known[i : i + size]) for i in range(len(known) - size + 1)}
+    first: dict[tuple[object, ...], int] = {}
+    counted = end = 0
+    for i in range(len(tokens) - size + 1):
+        stretch = tuple(tokens[i : i + size])
+        if first.setdefault(stretch, i) + size <= i and stretch not in expected:
+            counted += i + size - max(i, end)
+            end = i + size
+    return counted
+
+
 def periodic_run(tokens: Sequence[object], least: int) -> tuple[int, int]:
     """Return length and period of the longest stretch in which one unit follows itself `least` times or more.
 
@@ -114,10 +133,9 @@ def _prose_loop(found: list[str], request: list[str]) -> str:
     run, period = periodic_run(found, 3)
     if run >= max(12, LOOP_SHARE * n):
         return f"{period} words {run // period} times in a row"
-    start, size = longest_repeat(found)
-    asked = f" {' '.join(found[start : start + size])} " in f" {' '.join(request)} "
-    if size >= max(REPEAT_WORDS, LOOP_SHARE * n) and not asked:
-        return f"{size} of {n} words come again"
+    again = come_again(found, REPEAT_WORDS, request)
+    if again >= max(REPEAT_WORDS, LOOP_SHARE * n):
+        return f"{again} of {n} words come again"
     if n >= 40 and distinct(found, 3) < DISTINCT:
         return f"{distinct(found, 3):.0%} distinct trigrams"
     return ""
