@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import sys
 from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
+
+from gguf_cases import save_wide
 
 import perpend
 from perpend.cli.main import app
-from perpend.config import Recipe, load
+from perpend.config import load
+from perpend.core.quant import simulate
 from perpend.data import load_splits
 from perpend.refs import ModelRef
 
@@ -21,6 +30,12 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 PAGE = ROOT / "docs" / "recipes.md"
 OWN_PROMPTS = ("over-refusal", "tone")
+KINDS = {
+    "gemma-3": "gemma3",
+    **dict.fromkeys(("more-refusal", "over-refusal", "tone"), "gemma3_text"),
+    **{"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"},
+}
+"""The small model by recipe."""
 BRIEF = ("--no-filter", "--layer", "1", "--limit", "3", "--device", "cpu", "--classifier", "none")
 SHORT = ("--max-new-tokens", "2", "--set", "eval.control_prompts=0", "--set", "export.gate_prompts=1")
 
@@ -91,16 +106,41 @@ def test_prompts_of_a_recipe_are_there_and_disjoint(name, monkeypatch):
     assert min(len(side) for side in splits.sets()) >= 4
 
 
-@pytest.mark.parametrize("name", [*OWN_PROMPTS, "more-refusal"])
-def test_a_recipe_runs_on_a_small_model(cli, pico_dir, tmp_path, monkeypatch, name):
-    made = tmp_path / "out"
+@pytest.fixture
+def small(pico_dir, tmp_path):
+    """`small("gemma-3-qat")` is the folder of a small model of the kind that a recipe is written for."""
+
+    def found(name: str) -> Path:
+        if name != "gemma-3-qat":
+            return pico_dir(KINDS[name])
+        folder = save_wide("gemma3_text", tmp_path / "qat", dtype=torch.bfloat16)
+        weights = load_file(folder / "model.safetensors")
+        on_lattice = {k: simulate(v, "q4_0") if k.endswith("proj.weight") else v for k, v in weights.items()}
+        save_file(on_lattice, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_on_a_small_model_of_its_kind(cli, small, tmp_path, monkeypatch, path):
+    made, model = tmp_path / "out", small(path.stem)
     monkeypatch.chdir(ROOT)
-    line = ("run", str(pico_dir("llama")), "-c", str(ROOT / "examples" / "recipes" / f"{name}.toml"), "-o", str(made))
-    said = cli(*line, *BRIEF, *SHORT)
+    said = cli("run", str(model), "-c", str(path), "-o", str(made), *BRIEF, *SHORT)
     assert said.code == 0, said.err
-    recipe: Recipe = load(made / "recipe.toml")
-    asked = load(ROOT / "examples" / "recipes" / f"{name}.toml")
-    assert (recipe.edit.attention, recipe.prompts.target) == (asked.edit.attention, asked.prompts.target)
+    recipe, asked = load(made / "recipe.toml"), load(path)
+    assert (recipe.edit, recipe.prompts.target) == (asked.edit, asked.prompts.target)
+    assert (recipe.fit.winsorize, recipe.export.rounding) == (asked.fit.winsorize, asked.export.rounding)
+    leak = json.loads((made / "report.json").read_text())["gate"]["leak"]
+    assert len({row["module"] for row in leak if row["asked"]}) >= 2
+    assert all(row["ok"] for row in leak)
+    assert any(row["expert"] is not None for row in leak) == (path.stem == "moe")
+    if path.stem == "gemma-3-qat":  # a plain q4_0 pass leaves the edit as it is
+        before, after = (load_file(folder / "model.safetensors") for folder in (model, made))
+        changed = [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+        assert changed
+        for name in changed:
+            assert (simulate(after[name], "q4_0") - after[name]).abs().max() < 0.01 * after[name].abs().max(), name
 
 
 def test_links_lead_somewhere_and_the_index_names_every_page():
