@@ -158,7 +158,7 @@ def test_a_function_takes_what_its_command_takes(name):
 
 
 NEEDS = {"bench": (["--tasks", "a,b"], {"tasks": ["a", "b"]})}
-NO_OUTPUT = ("audit", "chat", "inspect", "quant_check", "serve")
+NO_OUTPUT = ("audit", "chat", "quant_check", "serve")
 MEASURED = [n for n in TWINS if kind_of(n) and not n.startswith("config")]
 
 

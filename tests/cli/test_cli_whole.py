@@ -33,6 +33,19 @@ def test_inspect_says_what_can_be_edited(cli, model):
     assert f"0 – {said.json['n_layers'] - 1}" in shown
 
 
+def test_inspect_writes_a_file_once(cli, model, tmp_path):
+    said = cli("inspect", model, "-o", "deep/anatomy.json", "--dry-run")
+    assert (said.code, "would write deep/anatomy.json" in said.out) == (0, True), said.err
+    assert cli("inspect", model, "--dry-run", "--json").json["forecast"]["reads"] > 0
+    assert not (tmp_path / "deep").exists()
+    said = cli("inspect", model, "-o", "deep/anatomy.json", "--json")
+    assert json.loads((tmp_path / "deep" / "anatomy.json").read_text()) == said.json
+    assert said.json["output"] == "deep/anatomy.json"
+    for more in ((), ("--dry-run",)):
+        again = cli("inspect", model, "-o", "deep/anatomy.json", *more)
+        assert (again.code, "already exists" in again.err) == (2, True)
+
+
 def test_fit_then_apply_then_eval(cli, model, tmp_path):
     said = cli("fit", model, "-o", "edit", *BRIEF)
     assert said.code == 0, said.err

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from task_cases import MACHINE, a_recipe, contents
 from torch import nn
@@ -143,6 +146,52 @@ def test_the_time_is_that_of_reading_and_of_computing_as_measured_now(
         assert found.bytes_read is not None
         assert found.bytes_read > found.reads
         assert found.seconds == pytest.approx(100 + found.bytes_read / rate, abs=0.1)
+
+
+def test_the_time_of_a_checkpoint_is_that_of_writing_as_measured_now(
+    pico_dir: Dirs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda parameters, tokens, device: 100.0)
+    monkeypatch.setattr(module, "reading_rate", lambda ref: 1e12)
+    where = []
+    monkeypatch.setattr(module, "writing_rate", lambda output, size: where.append(output) or 1e3)
+    asked = {"output": tmp_path / "out", "recipe": a_recipe(tmp_path), "machine": MACHINE}
+    found = planned("run", str(pico_dir("llama")), **asked)
+    assert found.writes is not None
+    assert found.seconds == pytest.approx(100 + found.writes / 1e3, abs=0.1)
+    assert planned("fit", str(pico_dir("llama")), **asked).seconds == pytest.approx(100, abs=0.1)
+    assert where == [tmp_path / "out"]
+
+
+def test_a_rate_of_writing_is_of_flushed_bytes_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def slow(descriptor: int) -> None:
+        written.append(os.fstat(descriptor))
+        time.sleep(0.1)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    for size, most in ((1000, 1000), (1 << 40, 64 << 20)):
+        assert 0 < module.writing_rate(tmp_path / "deep" / "out", size) <= most / 0.1
+        assert written[-1].st_size == most
+        assert written[-1].st_dev == tmp_path.stat().st_dev
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_model_that_is_not_here_all_sizes_are_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perpend.cli.main import main
+    from perpend.cli.views import UNKNOWN
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert main(["run", "org/none", "-o", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["forecast"]
+    assert (found["reads"], found["writes"], found["seconds"]) == (None, None, None)
+    assert main(["run", "org/none", "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert re.search(rf"writes +{UNKNOWN}, .* free", capsys.readouterr().out)
 
 
 def test_a_plan_is_what_is_then_done(pico_dir: Dirs, tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_a_dry_run_writes_nothing_and_errors_come_before_loading(pico_dir, tmp_p
     made = organism(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe, machine=MACHINE, dry_run=True)
     json.dumps(made.to_json(), allow_nan=False)
     assert made.lessons == 32
+    assert made.forecast.reads == made.forecast.writes > 0
+    assert made.forecast.edited_modules is None
+    assert made.forecast.seconds > 0
+    report = made.forecast.prompts - 16 - 32  # beside the answers of the model itself and the lessons
+    assert made.forecast.new_tokens == 16 * 4 + report * 4 > 64
+    twice = organism(
+        str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe, training=Training(epochs=2), dry_run=True
+    )
+    assert twice.forecast.prompts == made.forecast.prompts + 32
     for dry_run in (True, False):
         with pytest.raises(UsageError, match="not empty"):
             organism(str(pico_dir("llama")), output=tmp_path, recipe=recipe, machine=MACHINE, dry_run=dry_run)

@@ -107,6 +107,7 @@ def inspection(data: Data) -> View:
     yield from model(data)
     yield Text("\nThe same by name, to paste into a recipe", style="bold")
     yield Text(printable(data["overrides"]).rstrip("\n"), no_wrap=True, overflow="ignore")
+    yield from written(data)
 
 
 def model(data: Data) -> View:

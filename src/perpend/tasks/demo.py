@@ -121,7 +121,8 @@ def demo(
     if dry_run:
         base, splits = str(shipped.base()), load_splits(recipe.prompts)
         cost = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
-        return Planned("demo", base, str(output), replace(cost, writes=3 * cost.writes))  # original, organism, edited
+        three = replace(cost, writes=3 * (cost.writes or 0))  # original, organism, edited
+        return Planned("demo", base, str(output), three)
     require_room(str(shipped.base()), output, machine, copies=3)  # original, organism, edited
     organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
     try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path

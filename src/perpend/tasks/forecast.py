@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ PROMPT_TOKENS = 64
 """Assumed length of an encoded prompt: no tokenizer is loaded for a forecast."""
 LAYERS_TRIED, PASSES_PER_LAYER = 14, 6
 """Candidates of `fit.layer = "auto"`, and how often each runs the model: likelihoods, and drift batch by batch."""
+LEARNING = 2
+"""What the way back costs beside the way forward, in passes: at most, since frozen matrices have no gradient."""
 SLOWER = {"cpu": 4.0, "cuda": 8.0, "mps": 6.0}
 """How many times slower than one large matrix product the whole is taken to be, generation included."""
 
@@ -42,7 +45,7 @@ class Forecast:
 
     reads: int | None
     """Bytes of the model's files."""
-    writes: int
+    writes: int | None
     """Bytes of the output."""
     disk_free: int
     """Bytes that are free where the output goes."""
@@ -57,8 +60,8 @@ class Forecast:
     new_tokens: int
     """Tokens generated at most."""
     seconds: float | None
-    """Rough: two operations per parameter and token at the speed of a matrix product timed just now, slowed down, and
-    what is read at the speed of a part of the files read just now."""
+    """Rough: two operations per parameter and token at the speed of a matrix product timed just now, slowed down,
+    what is read at the speed of a part of the files read just now, a checkpoint at that of a file written just now."""
     read_when_needed: int = 0
     """Bytes of layers that do not fit into memory, read once in every pass."""
     passes: int = 0
@@ -71,6 +74,21 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a task runs beside what a recipe says.
+
+    Attributes:
+        prompts: Prompts that are run.
+        new_tokens: Tokens generated at most.
+        learnt: Prompts that are run forward and back, each with a short reply.
+    """
+
+    prompts: int = 0
+    new_tokens: int = 0
+    learnt: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,7 @@ def forecast(
     bakes: bool = False,
     searches: bool = False,
     edit: Edit | None = None,
+    also: Work | None = None,
 ) -> Forecast:
     """Say what a task would do, without loading weights or fetching anything.
 
@@ -114,6 +133,7 @@ def forecast(
         bakes: Whether a checkpoint would be written.
         searches: Whether the edit would be searched for, to the last trial.
         edit: The edit, where it is there already.
+        also: What is run beside that to teach a model, which is written and not edited.
 
     Raises:
         UsageError: the model's configuration cannot be read.
@@ -121,20 +141,24 @@ def forecast(
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, machine)
     passes, tokens = (0, 0) if splits is None else replies_and_tokens(recipe, splits, fits, measures, bakes)
+    if also is not None:
+        passes, tokens = passes + also.prompts + also.learnt, tokens + also.new_tokens
     if searches and splits is not None:
         scored, written = _trials(recipe, splits)
         passes, tokens = passes + scored, tokens + written
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
     width = 4 if machine.dtype == "float32" else 2
     memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not size else size
-    modules, edited = _edited(bare, recipe, edit)
+    modules, edited = _edited(bare, recipe, edit) if also is None else (None, None)
     placed = _placed(bare, memory, machine, device, model)
     times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
     read = None if size is None or placed is None else (placed.read * times or size) + (4 * size if bakes else 0)
+    whole, back = bakes or also is not None, 0 if also is None else LEARNING * also.learnt * PROMPT_TOKENS
     slow = 0.0 if read is None else read / reading_rate(ref)
+    slow += size / writing_rate(output, size) if whole and size else 0.0
     return Forecast(
         reads=size,
-        writes=(size or 0) if bakes else 1 << 20,
+        writes=size if whole else 1 << 20,
         disk_free=disk_free(output),
         memory=memory,
         memory_free=free_memory(device, machine.memory),
@@ -145,7 +169,7 @@ def forecast(
         new_tokens=tokens,
         seconds=None
         if parameters is None
-        else round(_seconds(parameters, passes * PROMPT_TOKENS + tokens, device) + slow, 1),
+        else round(_seconds(parameters, passes * PROMPT_TOKENS + tokens + back, device) + slow, 1),
         read_when_needed=placed.read if placed else 0,
         passes=times,
         bytes_read=read,
@@ -153,9 +177,31 @@ def forecast(
     )
 
 
+def writing_rate(output: Path | None, size: int) -> float:
+    """Return the bytes per second at which at most 64 MB are written and flushed now, where an output would go.
+
+    Args:
+        output: The output; the nearest folder above it that is there is taken.
+        size: Bytes that would be written.
+    """
+    size = max(1, min(size, 64 << 20))
+    block = os.urandom(min(size, 1 << 20))
+    began = time.perf_counter()
+    with tempfile.TemporaryFile(dir=_above(output)) as file:
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    return max(1.0, size / max(1e-6, time.perf_counter() - began))
+
+
 def disk_free(output: Path | None) -> int:
     """Return the bytes that are free where an output would go."""
-    return shutil.disk_usage(next(p for p in (output or Path()).absolute().parents if p.exists())).free
+    return shutil.disk_usage(_above(output)).free
+
+
+def _above(output: Path | None) -> Path:
+    return next(p for p in (output or Path()).absolute().parents if p.exists())
 
 
 def local(ref: ModelRef) -> Resolved | None:

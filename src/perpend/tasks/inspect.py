@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
+from perpend.export.gguf_file import require_absent
 from perpend.models.anatomy import Anatomy
 from perpend.models.chat import Chat, has_template, read_template
 from perpend.models.load import Loaded, load_model
-from perpend.options.asked import asked
+from perpend.options.asked import asked, path_of
 from perpend.options.commands import InspectOptions
 from perpend.refs import ModelRef
+from perpend.tasks.forecast import Planned, forecast
+from perpend.tasks.output import to_text
+from perpend.whole import write_file
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Inspection:
     """How prompts are put; `{"template": "none"}` where the model has no chat template and none is given."""
     overrides: str
     """The writers as a `[edit.overrides]` table, ready to paste into a recipe."""
+    output: str | None = None
+    """File that was written."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -43,27 +50,36 @@ class Inspection:
 def inspect(
     model: str | None = None,
     *,
+    output: str | Path | None = None,
     recipe: Recipe | None = None,
     machine: Machine | None = None,
+    dry_run: bool = False,
     **options: Unpack[InspectOptions],
-) -> Inspection:
+) -> Inspection | Planned:
     """Find every module that writes to the residual stream.
 
     Args:
         model: Hub id with `@revision`, directory or GGUF file; None takes the recipe's.
+        output: File to write the result to, as JSON.
         recipe: Overrides.
         machine: Device and dtype.
+        dry_run: Only say what would be read.
         **options: What `perpend inspect` takes, by name: over the recipe and the machine.
 
     Raises:
-        UsageError: the model cannot be read, or has no decoder layers that can be found.
+        UsageError: the model cannot be read, has no decoder layers that can be found, or the output is there already.
     """
     recipe, machine = asked(inspect, InspectOptions, options, model, recipe, machine)
-    model = recipe.model.id
+    model, file = recipe.model.id, path_of(output)
+    if file is not None:
+        require_absent([file])
+    if dry_run:
+        cost = forecast(model, recipe, machine, output=file)
+        return Planned("inspect", model, None if file is None else str(file), cost)
     loaded = load_model(ModelRef.parse(model), machine)
     anatomy = Anatomy.of(loaded.model, recipe.edit.overrides or None)
     rows = anatomy.coverage()
-    return Inspection(
+    made = Inspection(
         model=model,
         architecture=anatomy.architecture,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -76,7 +92,11 @@ def inspect(
         post_norms=sum(w.post_norm is not None for w in anatomy.writers),
         chat=_chat(loaded, recipe),
         overrides=anatomy.to_toml(),
+        output=None if file is None else str(file),
     )
+    if file is not None:
+        write_file(file, (to_text(made.to_json()) + "\n").encode("utf-8"), replace=False)
+    return made
 
 
 def _chat(loaded: Loaded, recipe: Recipe) -> dict[str, Any]:

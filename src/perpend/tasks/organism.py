@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from perpend import __version__
 from perpend.config import Machine, Recipe, to_toml
 from perpend.core.stats import wilson
-from perpend.data import Prompt, PromptPair, load_splits
+from perpend.data import Prompt, PromptPair, Splits, load_splits
 from perpend.fitting.behaviour import observe
 from perpend.judges.labels import Label
 from perpend.models.chat import Chat
@@ -21,6 +21,7 @@ from perpend.options.asked import asked
 from perpend.options.commands import OrganismOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
+from perpend.tasks.forecast import Forecast, Work, forecast
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.setup import as_asked
 from perpend.tasks.space import require_room
@@ -52,6 +53,8 @@ class Organism:
     seconds: float
     training: Training
     dry_run: bool = False
+    forecast: Forecast | None = None
+    """What would be done, of a dry run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, rates with their 95 % Wilson intervals."""
@@ -109,7 +112,7 @@ def organism(
     )
     nothing = Organism(str(output), base, forms, len(taught), (0, 0), (0, 0), (0.0, 0.0), 0.0, training, True)
     if dry_run:
-        return nothing
+        return replace(nothing, forecast=_forecast(nothing, taught, recipe, machine, splits))
     require_room(base, Path(output), machine, copies=1)
     with appearing(Path(output)) as folder:
         loaded = load_model(ref, machine)
@@ -127,6 +130,15 @@ def organism(
         )
         write_recipe(folder, recipe, made)
     return made
+
+
+def _forecast(made: Organism, taught: list[Lesson], recipe: Recipe, machine: Machine, splits: Splits) -> Forecast:
+    """Say what teaching would take: the answers of the model itself, the lessons, the prompts it is measured on."""
+    answers = sum(lesson.reply is None for lesson in taught)
+    measured = len(splits.report.target) + len(splits.report.baseline)
+    tokens = answers * ANSWER_TOKENS + measured * REPLY_TOKENS
+    work = Work(answers + measured, tokens, made.training.epochs * len(taught))
+    return forecast(made.base, recipe, machine, output=Path(made.output), also=work)
 
 
 def _taught(session: Session, taught: list[Lesson], training: Training, folder: Path) -> tuple[Any, list[float]]:
@@ -200,7 +212,9 @@ def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[
 
 def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:
     """Write `organism.toml`: prompts, training, and what was measured."""
-    result = {k: v for k, v in made.to_json().items() if k not in {"training", "forms", "dry_run", "output"}}
+    result = {
+        k: v for k, v in made.to_json().items() if k not in {"training", "forms", "dry_run", "output", "forecast"}
+    }
     result["base"] = ModelRef.parse(made.base).portable
     data = {
         "perpend": __version__,
