@@ -24,6 +24,13 @@ class Repo:
     private: bool
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: list[str] = field(default_factory=list)
+    heads: dict[str, str] = field(default_factory=dict)
+    """Commits of branches; of `main` the last of `commits` where it is not among them."""
+    gated: bool = False
+
+    def files(self, commit: str) -> dict[str, bytes]:
+        """Return the files of a commit."""
+        return self.branches[next((branch for branch, head in self.heads.items() if head == commit), "main")]
 
 
 @dataclass
@@ -207,13 +214,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolved(self, body: bytes, name: str, revision: str) -> None:
         repo = self.hub.repos.get(name)
-        if repo is None:
-            self._say(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if repo is None or (repo.private and not known):
+            self._say(404 if known else 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        heads = {"main": repo.commits[-1], **repo.heads}
+        if repo.gated:
+            self._say(403, {"error": "Access is restricted"}, {"X-Error-Code": "GatedRepo"})
+        elif revision not in heads and revision not in heads.values():
+            self._say(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
         else:
-            self._say(200, {"id": name, "sha": repo.commits[-1], "siblings": [], "tags": []})
+            self._say(200, {"id": name, "sha": heads.get(revision, revision), "siblings": [], "tags": []})
 
     def tree(self, body: bytes, name: str, commit: str) -> None:
-        files = self.hub.repos[name].branches["main"]
+        files = self.hub.repos[name].files(commit)
         self._say(200, [{"type": "file", "path": p, "size": len(b), "oid": _oid(b)} for p, b in files.items()])
 
     def head(self, body: bytes, name: str, commit: str, path: str) -> None:
@@ -223,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._file(name, commit, path, whole=True)
 
     def _file(self, name: str, commit: str, path: str, *, whole: bool) -> None:
-        data = self.hub.repos[name].branches["main"][path]
+        data = self.hub.repos[name].files(commit)[path]
         self.send_response(200)
         for key, value in (("Content-Length", len(data)), ("ETag", f'"{_oid(data)}"'), ("X-Repo-Commit", commit)):
             self.send_header(key, str(value))

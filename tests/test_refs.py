@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hub import Repo, serving
+from hub import Hub, Repo, serving
 from perpend.errors import UsageError
 from perpend.progress import reporting
 from perpend.refs import DataRef, ModelRef
@@ -126,17 +126,78 @@ def test_references_and_data_load_no_tensor_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
+def reach(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub's client ask a hub of this machine, with an empty cache and no token."""
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(cache / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def test_a_revision_is_downloaded_and_its_commit_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as hub:
+        reach(hub, tmp_path, monkeypatch)
+        branches = {"main": {"config.json": b"{}"}, "v2": {"config.json": b'{"v": 2}'}}
+        hub.repos["org/name"] = Repo(False, branches, ["a" * 40], {"v2": "b" * 40})
+        for asked, commit, branch in (
+            ("org/name", "a" * 40, "main"),
+            ("org/name@v2", "b" * 40, "v2"),
+            (f"org/name@{'b' * 40}", "b" * 40, "v2"),
+        ):
+            found = ModelRef.parse(asked).resolve()
+            assert found.revision == commit
+            assert (found.path / "config.json").read_bytes() == branches[branch]["config.json"]
+
+
+def test_what_the_hub_refuses_is_one_line_without_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as hub:
+        reach(hub, tmp_path, monkeypatch)
+        files = {"main": {"config.json": b"{}"}}
+        hub.repos = {
+            "org/mine": Repo(True, files, ["a" * 40]),
+            "org/gated": Repo(False, files, ["a" * 40], gated=True),
+        }
+        refused = {
+            "org/mine": "no such repository on the hub, or no access",  # 401: nobody is logged in
+            "org/none": "no such repository on the hub, or no access",
+            "org/gated": "access to this repository must be granted first",
+        }
+        for name, said in refused.items():
+            with pytest.raises(UsageError, match=said):
+                ModelRef.parse(name).resolve()
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        assert ModelRef.parse("org/mine").resolve().revision == "a" * 40
+        hub.fail("GET", "/api/models/org/broken", 400)  # answers with the token that it was given
+        refused |= {"org/mine@v9": "no revision 'v9'", "org/broken": "the hub cannot be reached"}
+        for name in ("org/none", "org/gated", "org/mine@v9", "org/broken"):
+            with pytest.raises(UsageError, match=refused[name]) as caught:
+                ModelRef.parse(name).resolve()
+            assert hub.token not in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_an_error_repeats_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("bad header 'Bearer hf_a_secret'")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UsageError, match=r"bad header 'Bearer \(the token\)'") as caught:
+        ModelRef.parse("org/name").resolve(fetch=False)
+    assert "hf_a_secret" not in str(caught.value)
+
+
 def test_a_download_is_a_step_in_mebibytes_of_what_the_cache_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    constants = "huggingface_hub.constants"
     with serving() as hub:
-        monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path))
+        reach(hub, tmp_path, monkeypatch)
         files = {"config.json": b"{}", "model-1.safetensors": b"1" * (3 << 20), "model-2.safetensors": b"2" * (2 << 20)}
         hub.repos["org/name"] = Repo(False, {"main": {**files, "picture.png": b"3" * (9 << 20)}}, ["a" * 40])
         with reporting(Steps()) as first:

@@ -133,7 +133,7 @@ class ModelRef:
 
 def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     """Return the files of a hub repository, from the cache where they are complete."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -163,7 +163,9 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     except LocalEntryNotFoundError:
         raise UsageError(f"not in the local cache, and the hub cannot be reached{nor}", where=where) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UsageError(f"cannot be fetched: {str(error).splitlines()[0]}{nor}", where=where) from None
+        said, token = str(error).split("\n")[0], get_token()
+        said = said.replace(token, "(the token)") if token else said  # a server may repeat what it was given
+        raise UsageError(f"cannot be fetched: {said}{nor}", where=where) from None
     return Resolved(Path(found), revision=Path(found).name)
 
 
