@@ -76,6 +76,7 @@ def claimed(partial: Path, *, anew: bool, kept: tuple[type[BaseException], ...] 
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=str(partial)) from None
     try:
+        os.truncate(partial, 0)
         yield
     except kept:
         raise
@@ -90,23 +91,23 @@ def claimed(partial: Path, *, anew: bool, kept: tuple[type[BaseException], ...] 
 
 
 def _hold(partial: Path, anew: bool) -> int | None:
-    """Return the lock of an empty file, which it makes."""
+    """Return the lock of a file, which it makes or takes over."""
     while True:
         try:
-            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY | (os.O_EXCL if anew else 0), 0o666))
-            descriptor = lock(partial, wait=anew)
+            descriptor = os.open(partial, os.O_CREAT | os.O_WRONLY | (os.O_EXCL if anew else 0), 0o666)
         except FileExistsError:
             raise occupied(partial) from None
+        if fcntl is None:
+            os.close(descriptor)
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if anew else fcntl.LOCK_NB))
+            if _still(partial, descriptor):
+                return descriptor
         except BlockingIOError:
+            os.close(descriptor)
             raise being_written(partial) from None
-        except FileNotFoundError:
-            if not partial.parent.is_dir():
-                raise
-            continue  # its writer was done in between
-        if descriptor is None or _still(partial, descriptor):
-            os.truncate(partial, 0)
-            return descriptor
-        os.close(descriptor)
+        os.close(descriptor)  # its writer was done in between
 
 
 def _remove(partial: Path, descriptor: int | None) -> None:

@@ -179,23 +179,27 @@ def test_damaged_shard_is_one_line_and_nothing_is_written(tmp_path, how):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_interrupted_export_leaves_only_the_partial_folder(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "left"), [(KeyboardInterrupt, []), (RuntimeError, ["out.partial"])])
+def test_an_export_that_fails_leaves_only_the_partial_folder_and_ctrl_c_nothing(
+    llama, tmp_path, monkeypatch, error, left
+):
     calls = []
 
     def stop(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise error
 
     monkeypatch.setattr(shards, "edit_in_place", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         llama.bake(tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out.partial"]
+    assert os.listdir(tmp_path) == left
     monkeypatch.undo()
-    with pytest.raises(UsageError) as error:
-        llama.bake(tmp_path / "out")
-    assert f"try: rm -r {tmp_path / 'out.partial'}" in str(error.value)
-    shutil.rmtree(tmp_path / "out.partial")
+    if left:
+        with pytest.raises(UsageError) as caught:
+            llama.bake(tmp_path / "out")
+        assert f"try: rm -r {tmp_path / 'out.partial'}" in str(caught.value)
+        shutil.rmtree(tmp_path / "out.partial")
     llama.bake(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
 

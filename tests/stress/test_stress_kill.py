@@ -1,23 +1,31 @@
-"""SIGKILL at any moment leaves the old state or the new one, and two processes on one output are kept apart.
+"""SIGKILL at any moment leaves the old state or the new one, Ctrl-C one line, and two processes are kept apart.
 
-A command runs in a forked child that counts its file operations below the folder and kills itself at one of them, which
-is where a moment matters; the count comes from a run that nobody kills.
+A workshop, one child for all commands, runs each whole and counts its file operations at the output. Where a command
+is to end early it forks, and the fork kills or interrupts itself at one of them, which is where a moment matters.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+sys.path.extend(str(Path(__file__).parent.parent / name) for name in ("export", "tasks"))
+
+import pico
 from perpend.cli.main import main
 from perpend.errors import RunFailed, UsageError
 from perpend.export.gguf_file import appearing as files
@@ -27,125 +35,306 @@ from perpend.whole import claimed, partial_of, write_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-CHANGES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
-WATCHED = frozenset(CHANGES)
-BRIEF = ("--no-filter", "--layer", "1", "--limit", "3", "--device", "cpu", "--target", "target.txt")
+CHANGES = ("open", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.truncate")
+WATCHED = frozenset({*CHANGES, "shutil.rmtree"})
+
+MACHINE = ("--device", "cpu", "--batch-size", "8")
+FIT = ("--no-filter", "--layer", "1")
+PROMPTS = ("--limit", "3", "--target", "target.txt", "--baseline", "baseline.txt")
 REPLIES = ("--classifier", "none", "--max-new-tokens", "2", "--set", "eval.drift_tokens=2")
 SETS = ("--set", "eval.control_prompts=0", "--set", "export.gate_prompts=1")
+MEASURED = (*PROMPTS, *REPLIES, *SETS, *MACHINE)
 
 COMMANDS = {
-    "fit": ("fit", "MODEL", "-o", "out", *BRIEF, "--baseline", "baseline.txt"),
-    "apply": ("apply", "MODEL", "-e", "edit", "-o", "out", *REPLIES, *SETS),
-    "eval": ("eval", "MODEL", "-e", "edit", "-o", "out", *REPLIES, *SETS),
-    "run": ("run", "MODEL", "-o", "out", *BRIEF, "--baseline", "baseline.txt", *REPLIES, *SETS),
-    "config init": ("config", "init", "MODEL", "-o", "out"),
+    "config init": ("config", "init", "model", "-o", "out"),
+    "fit": ("fit", "model", "-o", "out", *FIT, *PROMPTS, *MACHINE),
+    "apply": ("apply", "model", "-e", "edit", "-o", "out", *REPLIES, *SETS, *MACHINE),
+    "apply to GGUF": ("apply", "model.gguf", "-e", "edit", "-o", "out.gguf", *REPLIES, *SETS, *MACHINE),
+    "apply --undo": ("apply", "edited", "--undo", "-o", "out"),
+    "eval": ("eval", "model", "-e", "edit", "-o", "out", *REPLIES, *SETS, *MACHINE),
+    "run": ("run", "model", "-o", "out", *FIT, *MEASURED),
+    "adapter": ("adapter", "model", "-e", "edit", "-o", "out", "--device", "cpu"),
+    "vector": ("vector", "edit", "-o", "out.gguf"),
+    "export gguf": ("export", "gguf", "edited", "-o", "out.gguf", "--base", "model.gguf"),
+    "diff": ("diff", "model", "edited", "-o", "out.safetensors"),
+    "report": ("report", "edit", "-o", "out.html"),
+    "organism": ("organism", "model", "-o", "out", "--forms", "1", *PROMPTS, *MACHINE),
+    "demo": ("demo", "-o", "out", "--config", "demo.toml", "--limit", "3", *MACHINE),
+    "bench": ("bench", "model", "-e", "edit", "-o", "out", "--tasks", "colours", "--include", "tasks", *MACHINE),
 }
-VARYING = {"report.json", "report.html", "README.md"}
-"""Files that say how long it took."""
+NEEDS = {
+    "apply to GGUF": "gguf",
+    "vector": "gguf",
+    "export gguf": "gguf",
+    "organism": "peft",
+    "adapter": "peft",
+    "bench": "lm_eval",
+}
+VARYING = {"report.json", "report.html", "README.md", "demo.json", "bench.json", "organism.toml"}
+"""Files that say how long it took or when it was."""
+
+BOTH = """\
+prompts = {target = 'target.txt', baseline = 'baseline.txt'}
+fit.filter = false
+"""
+DEMO = f"""{BOTH}
+fit.layer = 1
+eval = {{classifier = 'none', max_new_tokens = 2, drift_tokens = 2, control_prompts = 0}}
+export.gate_prompts = 1
+"""
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
 
 
-def forked(act: Callable[[], int]) -> int:
-    """Run `act` in a child that says nothing; return its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
+class Workshop:
+    """A child that runs commands in a folder; what they import is loaded once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mine, theirs = multiprocessing.Pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                self._mine.close()
+                _serve(folder, theirs)
+            finally:
+                os._exit(99)
+        theirs.close()
+
+    def __call__(self, name: str, moment: int | None = None, sign: int = signal.SIGKILL) -> tuple[int, int]:
+        """Run a command, or end it by a signal at a file operation; returns its exit code and the operations."""
+        self._mine.send((COMMANDS[name], moment, int(sign)))
+        return self._mine.recv()
+
+    def said(self) -> str:
+        """Return what the last command wrote to stderr."""
+        return (self.folder / "stderr").read_text()
+
+    def close(self) -> None:
+        """End the child."""
+        self._mine.close()
+        os.waitpid(self.child, 0)
+
+
+def _serve(folder: Path, asked: Connection) -> None:
+    os.chdir(folder)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nowhere, stream)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest has put there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    _stand_ins()
+    count, fatal, sent = 0, None, 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event not in WATCHED or not arguments:
+            return
+        path = str(arguments[1] if event in ("os.link", "os.symlink") else arguments[0])
+        if path.removeprefix(f"{folder}/").lstrip("./").startswith("out"):
+            count += 1
+            if count == fatal:
+                os.kill(os.getpid(), sent)
+
+    sys.addaudithook(watch)
+    while True:
         try:
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(nowhere, stream)
-            os._exit(act())
-        except BaseException:
-            os._exit(99)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def command(name: str, model: str, folder: Path, *, fatal: int | None = None) -> int:
-    """Run a command in `folder`; it kills itself at the file operation number `fatal`, or notes how many there were."""
-
-    def act() -> int:
-        os.chdir(folder)
-        sys.stdout = sys.stderr = sys.__stderr__  # not what pytest has put there
+            words, fatal, sent = asked.recv()
+        except EOFError:
+            os._exit(0)
         count = 0
+        os.dup2(os.open("stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+        child = os.fork() if fatal is not None else 0
+        if child == 0:
+            code = main(words)
+            if fatal is not None:
+                os._exit(code)
+        else:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        asked.send((code, count))
 
-        def watch(event: str, arguments: tuple[object, ...]) -> None:
-            nonlocal count
-            if event in WATCHED and arguments and str(arguments[0]).lstrip(".").startswith((str(folder), "out")):
-                count += 1
-                if count == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
 
-        sys.addaudithook(watch)
-        code = main([model if word == "MODEL" else word for word in COMMANDS[name]])
-        if fatal is None:
-            os.write(os.open("count", os.O_CREAT | os.O_WRONLY), str(count).encode())
-        return code
+def _stand_ins() -> None:
+    """Shorten what has no option for it, and put pico models in the place of those of the demo."""
 
-    return forked(act)
+    import perpend.tasks.demo as demos
+    import perpend.tasks.organism as organisms
+    from perpend.teaching import shipped
+
+    def make(folder: Path, machine: object) -> None:
+        pico.save("llama", folder / "original", seed=1)
+        pico.save("llama", folder / "organism")
+
+    organisms.ANSWER_TOKENS = organisms.REPLY_TOKENS = 2
+    organisms.Training = partial(organisms.Training, rank=2, batch_tokens=4096)
+    demos.make_organism, shipped.require, shipped.base = make, lambda: None, lambda: Path("model")
 
 
 def state(path: Path) -> dict[str, bytes | None]:
     """Every file of an output with its bytes, but for those that say how long it took."""
     if path.is_file():
-        return {path.name: path.read_bytes()}
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path)): None if p.name in VARYING else p.read_bytes() for p in files}
+        return {path.name: None if path.suffix == ".html" else path.read_bytes()}
+    found = sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): None if p.name in VARYING else p.read_bytes() for p in found}
+
+
+INPUTS = ("model", "model.gguf", "edit", "edited")
+
+
+class Place:
+    """A folder with prompts, a model, and what was made of it; nothing of that may change but what is called `out`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shop = folder, Workshop(folder)
+        for kind, lead in (("target", "How do I harm"), ("baseline", "Tell me about")):
+            (folder / f"{kind}.txt").write_text("".join(f"{lead} number {k}?\n" for k in range(12)))
+        (folder / "demo.toml").write_text(DEMO)
+        (folder / "tasks").mkdir()
+        (folder / "tasks" / "colours.yaml").write_text(TASK)
+        rows = [{"question": f"A fox {k}", "choices": ["bread", "salt"], "answer": k % 2} for k in range(3)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.make_inputs()
+        self._whole: dict[str, tuple[int, dict[str, bytes | None]]] = {}
+        self.inputs = {name: state(folder / name) for name in INPUTS}
+        self.here = set(folder.iterdir())
+
+    def make_inputs(self) -> None:
+        """Save a model, as a file too, an edit of it, and the edited model with what takes the edit back."""
+        if importlib.util.find_spec("gguf") is None:
+            pico.save("llama", self.folder / "model")
+        else:
+            from export_cases import load
+            from gguf_cases import save_wide, write_gguf
+
+            write_gguf("llama", load(save_wide("llama", self.folder / "model")), self.folder / "model.gguf")
+        COMMANDS["edited"] = (*COMMANDS["apply"], "--reversible")
+        for name, made in (("fit", "edit"), ("edited", "edited")):
+            code, _ = self.shop(name)
+            assert code == 0, self.shop.said()
+            (self.folder / "out").rename(self.folder / made)
+        del COMMANDS["edited"]
+
+    def out(self, name: str) -> Path:
+        """Return the output of a command."""
+        return self.folder / COMMANDS[name][COMMANDS[name].index("-o") + 1]
+
+    def whole(self, name: str) -> tuple[int, dict[str, bytes | None]]:
+        """Return how many file operations a command does, and what it makes."""
+        if name not in self._whole:
+            code, count = self.shop(name)
+            assert code == 0, self.shop.said()
+            self._whole[name] = count, state(self.out(name))
+            assert count >= 2
+            self.clear()
+        return self._whole[name]
+
+    def left(self) -> set[str]:
+        """Return what lies there that did not when it began."""
+        return {path.name for path in self.folder.iterdir()} - {p.name for p in self.here} - {"stderr", "cache"}
+
+    def clear(self) -> None:
+        """Remove it."""
+        for name in self.left():
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def moments(self, name: str, how_many: int, sign: int) -> list[int]:
+        """Return file operations at random, the same every time."""
+        total, _ = self.whole(name)
+        return sorted(random.Random(f"{name} {sign}").sample(range(1, total + 1), min(how_many, total)))
+
+    def done(self, name: str) -> bool:
+        """Say whether the output is there; then it must be whole."""
+        out = self.out(name)
+        if not out.exists() or (name == "demo" and not (out / "demo.json").exists()):  # which says that it is finished
+            return False
+        assert state(out) == self.whole(name)[1]
+        return True
+
+    def again(self, name: str) -> None:
+        """Run a command on what was left of it, which it says to remove or goes on with."""
+        code, _ = self.shop(name)
+        if code == 2:
+            assert "inspect it, then remove it; try: rm " in self.shop.said()
+            unfinished = partial_of(self.out(name))
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+            code, _ = self.shop(name)
+        assert code == 0, self.shop.said()
+        assert self.done(name)
+        assert self.left() == {self.out(name).name}
 
 
 @pytest.fixture(scope="module")
-def place(pico_dir, tmp_path_factory):
-    """A folder with prompts and an edit, and the model; nothing in either may change but what is called `out`."""
-    folder = tmp_path_factory.mktemp("kill")
-    for kind, lead in (("target", "How do I harm"), ("baseline", "Tell me about")):
-        (folder / f"{kind}.txt").write_text("".join(f"{lead} number {k}?\n" for k in range(12)))
-    model = str(pico_dir("llama"))
-    assert command("fit", model, folder) == 0
-    (folder / "out").rename(folder / "edit")
-    (folder / "count").unlink()
-    return folder, model
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The folder that all share."""
+    made = Place(tmp_path_factory.mktemp("kill"))
+    yield made
+    assert {name: state(made.folder / name) for name in INPUTS} == made.inputs
+    made.shop.close()
 
 
-def moments(name: str, folder: Path, how_many: int) -> list[int]:
-    total = int((folder / "count").read_text())
-    (folder / "count").unlink()
-    assert total >= 2
-    return sorted(random.Random(name).sample(range(1, total + 1), min(how_many, total)))
+def prepare(name: str, place: Place) -> None:
+    """Skip a command whose extra is not installed; remove what a test that failed has left."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    place.clear()
 
 
-def killed_at(name: str, place: tuple[Path, str], how_many: int) -> None:
-    folder, model = place
-    assert command(name, model, folder) == 0
-    whole, inputs = state(folder / "out"), {**state(folder / "edit"), **state(Path(model))}
-    remove(folder)
-    for moment in moments(name, folder, how_many):
-        assert command(name, model, folder, fatal=moment) == -signal.SIGKILL, moment
-        if (folder / "out").exists():
-            assert state(folder / "out") == whole, moment
-        left = {p.name for p in folder.iterdir()} - {"edit", "target.txt", "baseline.txt"}
-        assert left <= {"out", "out.partial", "out.resume"}, moment
-        assert {**state(folder / "edit"), **state(Path(model))} == inputs
-        if not (folder / "out").exists():
-            shutil.rmtree(folder / "out.partial", ignore_errors=True)  # as the message says; the rest is gone on with
-            assert command(name, model, folder) == 0, moment
-            (folder / "count").unlink()
-            assert state(folder / "out") == whole, moment
-            assert not (folder / "out.resume").exists()
-        remove(folder)
+def killed_at(name: str, place: Place, how_many: int) -> None:
+    prepare(name, place)
+    for moment in place.moments(name, how_many, signal.SIGKILL):
+        assert place.shop(name, moment)[0] == -signal.SIGKILL, moment
+        assert all(path.lstrip(".").startswith(place.out(name).name) for path in place.left()), moment
+        if not place.done(name):
+            place.again(name)
+        place.clear()
 
 
-def remove(folder: Path) -> None:
-    for path in folder.glob("out*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def interrupted_at(name: str, place: Place, how_many: int, *, again: bool) -> None:
+    prepare(name, place)
+    for moment in place.moments(name, how_many, signal.SIGINT):
+        code, _ = place.shop(name, moment, signal.SIGINT)
+        said = place.shop.said()
+        assert code == 130, (moment, said)
+        assert "Traceback" not in said, moment
+        assert said.strip().splitlines()[-1].startswith("perpend: interrupted"), (moment, said)
+        out = place.out(name).name
+        assert place.left() <= {out, f"{out}.resume"}, moment
+        if again and not place.done(name) and "passed its gate" not in said:  # which says that another output is needed
+            place.again(name)
+        place.clear()
 
 
-@pytest.mark.parametrize("name", ["fit", "apply", "config init"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_leaves_the_old_state_or_the_new(place, name):
     killed_at(name, place, 1)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupted_command_says_so_in_one_line_and_leaves_no_half(place, name):
+    interrupted_at(name, place, 1, again=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ten_moments_of_each_command(place, name):
     killed_at(name, place, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ten_interruptions_of_each_command(place, name):
+    interrupted_at(name, place, 10, again=True)
 
 
 def held(act: Callable[[], None], ready: Path) -> int:

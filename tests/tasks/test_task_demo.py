@@ -56,6 +56,32 @@ def test_a_demo_that_stopped_leaves_nothing(tmp_path, step, error):
     assert names(tmp_path) == {"target.txt", "baseline.txt"}
 
 
+def test_what_a_killed_demo_left_is_begun_anew_and_nothing_else_is_removed(tmp_path):
+    recipe, out = a_recipe(tmp_path), tmp_path / "out"
+    for name in ("original", "organism.partial", "edited.resume"):
+        (out / name).mkdir(parents=True)
+        (out / name / "half").touch()
+
+    def begin():
+        with stopping(demos, "run", 0, RunFailed):
+            demo(output=out, recipe=recipe, machine=MACHINE)
+
+    for foreign in ("demo.json", "notes.txt"):
+        (out / "demo.json.partial").touch()
+        (out / foreign).touch()
+        with pytest.raises(UsageError, match="out: already exists and is not empty"):
+            begin()
+        assert (out / "original" / "half").exists()
+        (out / foreign).unlink()
+    (out / "demo.json.partial").unlink()
+    with pytest.raises(UsageError, match="out: already exists and is not empty"):
+        begin()  # no demo was at work here
+    (out / "demo.json.partial").touch()
+    with pytest.raises(RunFailed):
+        begin()
+    assert names(tmp_path) == {"target.txt", "baseline.txt"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RunFailed])
 def test_an_edited_model_that_passed_its_gate_is_kept(tmp_path, error):
     recipe, raised = a_recipe(tmp_path), Interrupted if error is KeyboardInterrupt else error

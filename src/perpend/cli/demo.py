@@ -19,7 +19,7 @@ def demo(*, request: Request) -> None:
 
     Teaches it to refuse, finds the direction, takes it out of the weights, and measures before and after.
     """
-    output, recipe = request.output, request.recipe(needs_model=False)
+    output, recipe = request.place, request.recipe(needs_model=False)
     result = perpend.demo(
         output=output,
         recipe=recipe,

@@ -54,6 +54,16 @@ class Request:
             UsageError: none was given, or something is there already.
         """
         path = self.optional_output
+        return self.place if path is None else path
+
+    @property
+    def place(self) -> Path:
+        """Where the result goes, for a task that looks itself at what is there.
+
+        Raises:
+            UsageError: none was given.
+        """
+        path: Path | None = self._values["output"]
         if path is None:
             raise UsageError("no place for the result was given", where="--output", hint="-o out")
         return path

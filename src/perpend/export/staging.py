@@ -44,6 +44,8 @@ def require_space(out: Path, need: int) -> None:
 def staged(out: Path, need: int) -> Iterator[Path]:
     """Give a fresh, locked folder `out.partial`; flush it and rename it to `out` when the block ends well.
 
+    Ctrl-C removes it, as it would be in the way of the same command; what else fails leaves it to the caller.
+
     Args:
         out: Absolute path of the folder to appear.
         need: Bytes about to be written.
@@ -59,8 +61,9 @@ def staged(out: Path, need: int) -> Iterator[Path]:
         unfinished.mkdir()
     except FileExistsError:
         raise occupied(unfinished) from None
-    held = lock(unfinished, wait=True)
+    held = None
     try:
+        held = lock(unfinished, wait=True)
         yield unfinished
         for root, _, names in os.walk(unfinished):
             for name in (*names, ""):
@@ -71,6 +74,9 @@ def staged(out: Path, need: int) -> Iterator[Path]:
             reason = f"cannot be renamed to {out.name}: {error.strerror}; the finished files are kept"
             raise RunFailed(reason, where=str(unfinished)) from None
         flush(out.parent)
+    except KeyboardInterrupt:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     finally:
         if held is not None:
             os.close(held)

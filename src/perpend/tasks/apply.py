@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +46,6 @@ from perpend.tasks.recipes import (
 from perpend.tasks.setup import as_stored, open_panel, open_session, open_splits, require_fitting
 from perpend.tasks.space import require_room
 from perpend.tasks.undo import Undone, take_back
-from perpend.whole import partial_of
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,8 @@ def bake_and_prove(
                 keep(source, folder, patches, export)
             passed.append(gate)
 
-        try:
-            rounding = recipe.export.rounding
-            result = bake(source, edit, session.anatomy, output, session.model, rounding=rounding, check=check)
-        except KeyboardInterrupt:  # made again from the same edit in no time, and in the way of the same command
-            shutil.rmtree(partial_of(output), ignore_errors=True)
-            raise
+        rounding = recipe.export.rounding
+        result = bake(source, edit, session.anatomy, output, session.model, rounding=rounding, check=check)
     return result, passed[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from perpend.config import Machine, Recipe
 from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.drift import Drift
-from perpend.errors import GateFailed, Interrupted
+from perpend.errors import GateFailed, Interrupted, UsageError
 from perpend.judges.classifier import SMALL
 from perpend.judges.panel import Comparison, compare
 from perpend.models.load import load_model
@@ -27,12 +28,13 @@ from perpend.options.commands import DemoOptions
 from perpend.refs import ModelRef
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
-from perpend.tasks.output import ANOTHER, replace_text, require_free, to_text
+from perpend.tasks.output import ANOTHER, require_free, to_text
 from perpend.tasks.run import Run, run
 from perpend.tasks.setup import as_asked, open_panel
 from perpend.tasks.space import require_room
 from perpend.tasks.trials import Tell
 from perpend.teaching import adapter, shipped
+from perpend.whole import claimed, flush, partial_of
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -45,6 +47,7 @@ PEAK = 1.5
 CONTROLS = 32
 """Target prompts that the control answers."""
 ORIGINAL, ORGANISM, EDITED, RESULT = "original", "organism", "edited", "demo.json"
+STEPS = (ORIGINAL, ORGANISM, EDITED)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def demo(
 ) -> Demo | Planned:
     """Make the organism, edit it, and compare it with what it was.
 
+    The folder is finished when `demo.json` is in it; until then it holds `demo.json.partial`, and the same call on what
+    a killed demo left begins anew.
+
     Args:
         output: Folder to make: `original`, `organism`, `edited`, and the result as `demo.json`.
         recipe: What to do; the defaults of `run`, with the classifier that the package carries.
@@ -116,7 +122,8 @@ def demo(
     started, output = time.monotonic(), Path(output)
     recipe, machine = asked(demo, DemoOptions, options, None, recipe, machine, needs_model=False)
     recipe = demo_recipe(recipe)
-    require_free(output)
+    if not _unfinished(output):
+        require_free(output)
     shipped.require()
     if dry_run:
         base, splits = str(shipped.base()), load_splits(recipe.prompts)
@@ -124,10 +131,51 @@ def demo(
         three = replace(cost, writes=3 * (cost.writes or 0))  # original, organism, edited
         return Planned("demo", base, str(output), three)
     require_room(str(shipped.base()), output, machine, copies=3)  # original, organism, edited
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(output)) from None
+    # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
+    with claimed(marker := partial_of(output / RESULT), anew=False):
+        if (output / RESULT).exists():  # since it was looked at
+            require_free(output)
+        done = _edited(output, recipe, machine, tell)
+        try:
+            truth = compare_with_original(output, done, recipe, machine)
+            if tell:
+                tell("truth", truth.to_json())
+            made = Demo(str(output), done, truth, round(time.monotonic() - started, 1))
+            marker.write_text(to_text(made.to_json()) + "\n", encoding="utf-8")
+            flush(marker)
+            os.replace(marker, output / RESULT)
+        except (Interrupted, KeyboardInterrupt):
+            kept = f"interrupted in the last comparison; {output / EDITED} has passed its gate and is kept"
+            raise Interrupted(kept, hint=f"{ANOTHER} for a new demo") from None
+    return made
+
+
+def _unfinished(output: Path) -> bool:
+    """Say whether a killed demo left this folder, with nothing in it that a demo does not make."""
+    left = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    marker = partial_of(output / RESULT).name
+    made = {f"{name}{end}" for name in STEPS for end in ("", ".partial", ".resume")}
+    return marker in left and left <= made | {marker}
+
+
+def _clear(output: Path) -> None:
+    """Remove what a killed demo left of its models."""
+    for path in list(output.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _edited(output: Path, recipe: Recipe, machine: Machine, tell: Tell | None) -> Run:
+    """Make the organism and edit it; what fails or is interrupted leaves nothing."""
     organism = str((output / ORGANISM).resolve())  # the recipe of the edited model holds from any folder
-    try:  # in place rather than in `OUT.partial`, for the recipe of the edited model names the organism by its path
+    try:
+        _clear(output)
         make_organism(output, machine)
-        done = run(organism, output=output / EDITED, recipe=recipe, machine=machine, tell=tell)
+        return run(organism, output=output / EDITED, recipe=recipe, machine=machine, tell=tell)
     except GateFailed:
         raise
     except (Interrupted, KeyboardInterrupt):
@@ -136,16 +184,6 @@ def demo(
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
-    try:
-        truth = compare_with_original(output, done, recipe, machine)
-    except (Interrupted, KeyboardInterrupt):
-        kept = f"interrupted in the last comparison; {output / EDITED} has passed its gate and is kept"
-        raise Interrupted(kept, hint=f"{ANOTHER} for a new demo") from None
-    if tell:
-        tell("truth", truth.to_json())
-    made = Demo(str(output), done, truth, round(time.monotonic() - started, 1))
-    replace_text(output / RESULT, to_text(made.to_json()) + "\n")
-    return made
 
 
 def demo_recipe(recipe: Recipe) -> Recipe:

@@ -144,6 +144,7 @@ def write_gguf(
 def _run(partial: Path, held: Asked, seen: Reference, leak: list[LeakRow], same: Untouched) -> Gate:
     """Run the saved file under a name that says that it is a GGUF file; the name is gone afterwards."""
     named = partial.with_name(f".{partial.name}{SUFFIX}")
+    named.unlink(missing_ok=True)  # of a killed process: the partial file itself is held
     named.symlink_to(partial.name)
     try:
         return proven(held, seen, ModelRef("gguf", str(named)), leak, same)
