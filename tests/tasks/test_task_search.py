@@ -506,6 +506,12 @@ def test_several_finalists_are_refined_to_kernels_and_what_is_not_confirmed_is_n
         starts.append(before)
         return SimpleNamespace(difference=len(starts) - 1.5, to_json=dict)
 
+    def refine(session, scorer, candidate, *, kernel, **named):
+        assert kernel
+        made = replace(candidate, attention=NormalKernel(peak_weight=0.2), mlp=NormalKernel(peak_weight=0.3))
+        return SimpleNamespace(candidate=made, outcome=scorer.score([made])[0])
+
+    monkeypatch.setattr(finalists, "refine", refine)
     monkeypatch.setattr(finalists, "compare", compare)
     order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
