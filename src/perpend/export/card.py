@@ -125,6 +125,7 @@ class CardFacts:
         rank: Directions per module.
         schedule: Component → its schedule in words.
         drift: What the edit cost.
+        packed: How the weights of the base model are stored, where they were widened to bfloat16; else empty.
         gaps: Parts of the model that write to the residual stream and could not be edited.
         leak: Largest difference between asked and realised weight factor in the saved file, None when not checked.
         modified: Files that hold edited tensors.
@@ -153,6 +154,7 @@ class CardFacts:
     rank: int = 1
     schedule: Mapping[str, str] = field(default_factory=dict)
     drift: tuple[Quantity, ...] = ()
+    packed: str = ""
     gaps: tuple[str, ...] = ()
     leak: float | None = None
     modified: tuple[str, ...] = ()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from perpend.models.anatomy import Anatomy
 
 OTHER_WEIGHTS = (
+    "model.bin",
     "pytorch_model*.bin",
     "pytorch_model*.bin.index.json",
     "consolidated*.pth",

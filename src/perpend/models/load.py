@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
-from perpend.models import gguf
+from perpend.models import gguf, quantised
 from perpend.models.files import check_files
 from perpend.models.memory import free_memory, pick_device
 from perpend.models.offload import Shelf, require_finite
+from perpend.models.packed import whole_blocks
 from perpend.models.parallel import World
 from perpend.models.places import READ, Part, Plan, parts, plan
-from perpend.models.quantised import WIDTH, require_usable
-from perpend.models.quantised import settings as quantised_settings
 from perpend.models.quiet import silenced
 from perpend.models.trust import FLAG, require_own_code, trusted
 from perpend.progress import note
@@ -95,9 +94,9 @@ def load_model(
     World.of(machine)  # before the device is picked: each process has its own
     device = pick_device(machine.device)
     size = check_files(source, where)
-    stored = None if source.gguf_file else require_usable(source.path, where, machine)
+    stored = None if source.gguf_file else quantised.require_usable(source.path, where, machine)
     common = _common(source, copy_of or ref, machine)
-    with silenced(), gguf.read_once():
+    with silenced(), gguf.read_once(), whole_blocks():
         config = _attempt(where, hf.AutoConfig.from_pretrained, source.path, **common)
         facts = gguf.metadata(source.path / source.gguf_file) if source.gguf_file else {}
         gguf.complete(config, facts)
@@ -110,14 +109,15 @@ def load_model(
             else _attempt(where, hf.AutoTokenizer.from_pretrained, source.path, **common)
         )
         tokenizer.padding_side = "left"
-        quantised = quantised_settings(machine, stored, device, where)
-        width = WIDTH.get(machine.quantization) or _width(dtype, config)
+        packing = quantised.settings(machine, stored, device, where)
+        size = quantised.in_memory(source.path, size, packing)
+        width = quantised.WIDTH.get(machine.quantization) or _width(dtype, config)
         placed = _placement(config, source, device, machine, size, width, copy_of or ref)
         if source.gguf_file:
-            quantised = hf.GgufConfig(dequantize=True)
+            packing = hf.GgufConfig(dequantize=True)
         auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
         options = {"dtype": dtype, "output_loading_info": True, **common}
-        options |= {"quantization_config": quantised} if quantised is not None else {}
+        options |= {"quantization_config": packing} if packing is not None else {}
         options |= {"config": config} if source.gguf_file else {}
         if machine.tensor_parallel > 1:
             options |= {"distributed_config": _distributed(machine)}

@@ -1,7 +1,8 @@
 """Quantised checkpoints: which can be measured, which cannot be edited, and loading quantised to measure.
 
 Measuring needs the outputs of modules alone; an export needs the original numbers. So weights may be quantised while
-directions are fitted and edits tried, and what is written is always made from the original files.
+directions are fitted and edits tried, and what is written is always made from the original files. Where those are
+FP8 or MXFP4 themselves, as DeepSeek V3 and gpt-oss are published, they are widened to bfloat16 first.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import torch
 
 from perpend.config import Machine
 from perpend.errors import MissingExtra, UsageError
+from perpend.models.headers import read_header
+from perpend.models.packed import wide_bytes
 from perpend.progress import note
 
 WIDTH = {"8bit": 1.06, "4bit": 0.57}
 """Bytes per parameter with scales, before what stays in 16 bits."""
-MEASURED = {"fp8": "FP8", "mxfp4": "MXFP4", "bitsandbytes": "bitsandbytes"}
+WIDENED = {"fp8": "FP8", "mxfp4": "MXFP4"}
+"""Methods whose numbers are exact in float32, so that an export can be made from them, and how they are spelt."""
+MEASURED = {**WIDENED, "bitsandbytes": "bitsandbytes"}
 """Methods of checkpoints that are loaded to measure, and how they are spelt."""
 
 
@@ -49,7 +54,7 @@ def require_usable(folder: Path, where: str, machine: Machine) -> str | None:
     Raises:
         UsageError: GPTQ, AWQ and the like; or quantised weights that are to be quantised again.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     found = method(config)
     if found is None:
         return None
@@ -63,8 +68,68 @@ def require_usable(folder: Path, where: str, machine: Machine) -> str | None:
         )
     if machine.quantization != "none":
         raise UsageError(f"its weights are {name} already", where=where, valid="--quantization none")
-    note(f"{where}: {name} weights, good for measuring; an export needs the unquantised checkpoint")
+    after = "is made from them in bfloat16" if found in WIDENED else "needs the unquantised checkpoint"
+    note(f"{where}: {name} weights, good for measuring; an export {after}")
     return found
+
+
+def require_exportable(folder: Path, where: str) -> str | None:
+    """Refuse a checkpoint that an export cannot be made from, before anything is loaded.
+
+    Args:
+        folder: Of the checkpoint.
+        where: For messages.
+
+    Returns:
+        The method of one that is widened to bfloat16 for the export; None for plain weights.
+
+    Raises:
+        UsageError: stored in the numbers of bitsandbytes.
+    """
+    config = _config(folder)
+    found = method(config)
+    if found == "bitsandbytes":
+        raise UsageError(
+            "its weights are bitsandbytes: good for measuring, and an edit of rounded numbers is rounded again",
+            where=where,
+            valid="float32, bfloat16, float16, FP8 or MXFP4 weights to export from",
+            hint=f"perpend run {_base(folder, config) or 'THE-UNQUANTISED-MODEL'} --quantization 4bit",
+        )
+    return found if found in WIDENED else None
+
+
+def packed_as(folder: Path) -> str:
+    """Return how the weights of a checkpoint that is widened for an export are packed; empty for others."""
+    return WIDENED.get(method(_config(folder)) or "", "")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _shards(folder: Path) -> set[str]:
+    """Return the names of the files that hold the weights."""
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors"}
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    return set(index["weight_map"].values())
+
+
+def wide_size(folder: Path, method: str) -> int:
+    """Return the bytes of the weights of a packed checkpoint in bfloat16, from the headers of its files."""
+    return sum(wide_bytes(read_header(folder / name), method) for name in _shards(folder))
+
+
+def in_memory(folder: Path, size: int, settings: Any | None) -> int:
+    """Return the bytes that weights take in memory.
+
+    Args:
+        folder: Of the checkpoint, whose files are whole.
+        size: Bytes of its files.
+        settings: What it is loaded with; FP8 and MXFP4 that are not computed with are widened.
+    """
+    return wide_size(folder, str(settings.quant_method.value)) if getattr(settings, "dequantize", False) else size
 
 
 def _base(folder: Path, config: Mapping[str, Any]) -> str | None:

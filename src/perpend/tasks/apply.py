@@ -17,16 +17,21 @@ from perpend.errors import UsageError
 from perpend.export.card import CardFacts, write_card
 from perpend.export.shards import ExportResult, Patch, bake
 from perpend.export.undo import keep
+from perpend.export.widen import widen
 from perpend.judges.panel import Panel
+from perpend.models.load import load_model
 from perpend.models.materialise import save_gguf
+from perpend.models.memory import release
 from perpend.models.parallel import require_single
+from perpend.models.quantised import WIDENED, require_exportable
 from perpend.models.session import Session
 from perpend.options.asked import asked_of_source
 from perpend.options.commands import ApplyOptions
+from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.card import card_facts
-from perpend.tasks.forecast import Forecast, forecast
+from perpend.tasks.forecast import Forecast, forecast, local
 from perpend.tasks.gate import Asked, Gate, pass_gate, reference
 from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
 from perpend.tasks.outcome import outcome_json
@@ -43,7 +48,7 @@ from perpend.tasks.recipes import (
     require_written,
     write_recipe,
 )
-from perpend.tasks.setup import as_stored, open_panel, open_session, open_splits, require_fitting
+from perpend.tasks.setup import as_asked, as_stored, open_panel, open_session, open_splits, require_fitting
 from perpend.tasks.space import require_room
 from perpend.tasks.undo import Undone, take_back
 
@@ -72,17 +77,65 @@ class Applied:
         return outcome_json("apply", self, {"modules": self.modules}, {"export": self.export, "gate": self.gate})
 
 
+@dataclass(frozen=True)
+class Original:
+    """What an export is made from.
+
+    Attributes:
+        session: The untouched model as these files hold it.
+        machine: How it is run.
+        path: Folder of a plain safetensors checkpoint.
+        left_out: Files of the model that it lacks, with the reason.
+    """
+
+    session: Session
+    machine: Machine
+    path: Path
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
 @contextmanager
-def original(session: Session, out: Path) -> Iterator[Path]:
-    """Give the folder of the original safetensors checkpoint; a GGUF file is written out as one for the time being."""
-    source = session.loaded.source
-    if source.gguf_file is None:
-        yield source.path
+def original(session: Session, out: Path, recipe: Recipe, machine: Machine) -> Iterator[Original]:
+    """Give the original safetensors checkpoint and a session on it.
+
+    A GGUF file, and FP8 or MXFP4 weights, are written out in bfloat16 for the time being. The latter are read again
+    from there, so that the gate compares with the numbers of these files, whatever they were measured in before.
+    """
+    session, machine = as_stored(session, recipe, machine)
+    loaded = session.loaded
+    source = loaded.source
+    packed = None if source.gguf_file else require_exportable(source.path, str(loaded.ref))
+    if source.gguf_file is None and packed is None:
+        yield Original(session, machine, source.path)
         return
     above = out.absolute().parent
     above.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.gguf-", dir=above) as folder:
-        yield save_gguf(session.loaded, Path(folder) / "model")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.{packed or 'gguf'}-", dir=above) as folder:
+        if packed is None:
+            yield Original(session, machine, save_gguf(loaded, Path(folder) / "model"))
+            return
+        note(f"the export is made and proven on its {WIDENED[packed]} weights in bfloat16: the model is read again")
+        release(session.model)
+        wide = widen(source.path, Path(folder) / "model", packed)
+        again = load_model(ModelRef("dir", str(wide.path)), machine, copy_of=loaded.ref)
+        session = as_asked(replace(again, ref=loaded.ref), recipe, machine)
+        yield Original(session, machine, wide.path, wide.left_out)
+
+
+def require_source(model: str, *, fetch: bool) -> None:
+    """Refuse a model that no export can be made from, before it is loaded.
+
+    Args:
+        model: As it was asked for.
+        fetch: Download what is missing; else a model that is not here is not looked at.
+
+    Raises:
+        UsageError: its weights are stored in the numbers of bitsandbytes.
+    """
+    ref = ModelRef.parse(model)
+    source = local(ref) or (ref.resolve() if fetch else None)
+    if source is not None and source.gguf_file is None and (source.path / "config.json").is_file():
+        require_exportable(source.path, model)
 
 
 def bake_and_prove(
@@ -111,15 +164,17 @@ def bake_and_prove(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
     passed: list[Gate] = []
-    session, machine = as_stored(session, recipe, machine)
-    asked = Asked(session, edit, recipe, machine, panel)
-    seen = reference(asked, splits.select)
-    with original(session, output) as source:
+    named = pinned(recipe, session.loaded)
+    with original(session, output, recipe, machine) as found:
+        session, source = found.session, found.path
+        asked = Asked(session, edit, recipe, found.machine, panel)
+        seen = reference(asked, splits.select)
 
         def check(folder: Path, export: ExportResult, patches: list[Patch]) -> None:
             gate = pass_gate(asked, seen, source, folder, export)
+            export = replace(export, left_out={**export.left_out, **found.left_out})
             edit.save(folder / EDIT)
-            write_recipe(folder, pinned(recipe, session.loaded), edit)
+            write_recipe(folder, named, edit)
             write_card(folder, source, finish(folder, gate, export))
             if recipe.export.reversible:
                 keep(source, folder, patches, export)
@@ -127,7 +182,7 @@ def bake_and_prove(
 
         rounding = recipe.export.rounding
         result = bake(source, edit, session.anatomy, output, session.model, rounding=rounding, check=check)
-    return result, passed[0]
+    return replace(result, left_out={**result.left_out, **found.left_out}), passed[0]
 
 
 def apply(
@@ -174,6 +229,7 @@ def apply(
     ModelRef.parse(model)
     made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
     splits = open_splits(found)
+    require_source(model, fetch=not dry_run)
     if dry_run:
         asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
         return replace(made, forecast=asked)

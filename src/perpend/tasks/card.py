@@ -9,6 +9,7 @@ from perpend.config import METHODS, Recipe, to_toml
 from perpend.core.edits import Edit
 from perpend.export.card import CardFacts, describe
 from perpend.export.shards import ExportResult
+from perpend.models.quantised import packed_as
 from perpend.models.session import Session
 from perpend.tasks.gate import Gate
 from perpend.tasks.portable import without_folders
@@ -63,6 +64,7 @@ def card_facts(
         rank=rank,
         schedule={name: str(getattr(recipe.edit, name)) for name in ("attention", "mlp")},
         drift=report.quantities() if report else (),
+        packed="" if source.gguf_file else packed_as(source.path),
         gaps=tuple(str(gap) for gap in session.anatomy.gaps),
         leak=gate.worst,
         modified=tuple(sorted(export.changed)),

@@ -24,7 +24,7 @@ from perpend.models.headers import read_range
 from perpend.models.load import skeleton
 from perpend.models.memory import free_memory, pick_device
 from perpend.models.places import ROOM, Plan, parts, plan
-from perpend.models.quantised import WIDTH
+from perpend.models.quantised import WIDTH, packed_as, wide_size
 from perpend.progress import note
 from perpend.refs import ModelRef, Resolved
 from perpend.tasks.survivors import OTHERS
@@ -140,6 +140,7 @@ def forecast(
     """
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, machine)
+    wide = _wide(ref, size)
     passes, tokens = (0, 0) if splits is None else replies_and_tokens(recipe, splits, fits, measures, bakes)
     if also is not None:
         passes, tokens = passes + also.prompts + also.learnt, tokens + also.new_tokens
@@ -148,17 +149,17 @@ def forecast(
         passes, tokens = passes + scored, tokens + written
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
     width = 4 if machine.dtype == "float32" else 2
-    memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not size else size
+    memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not wide else wide
     modules, edited = _edited(bare, recipe, edit) if also is None else (None, None)
     placed = _placed(bare, memory, machine, device, model)
     times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
-    read = None if size is None or placed is None else (placed.read * times or size) + (4 * size if bakes else 0)
+    read = None if size is None or placed is None else (placed.read * times or size) + (4 * (wide or 0) if bakes else 0)
     whole, back = bakes or also is not None, 0 if also is None else LEARNING * also.learnt * PROMPT_TOKENS
     slow = 0.0 if read is None else read / reading_rate(ref)
-    slow += size / writing_rate(output, size) if whole and size else 0.0
+    slow += wide / writing_rate(output, wide) if whole and wide else 0.0
     return Forecast(
         reads=size,
-        writes=size if whole else 1 << 20,
+        writes=wide if whole else 1 << 20,
         disk_free=disk_free(output),
         memory=memory,
         memory_free=free_memory(device, machine.memory),
@@ -227,6 +228,14 @@ def bare_model(ref: ModelRef, machine: Machine) -> tuple[torch.nn.Module | None,
     if source.gguf_file:
         return model, 2 * sum(p.numel() for p in model.parameters())
     return model, sum(path.stat().st_size for path in files(source.path))
+
+
+def _wide(ref: ModelRef, size: int | None) -> int | None:
+    """Return the bytes that the files of a model take when FP8 and MXFP4 weights are widened to bfloat16."""
+    source = local(ref)
+    if source is None or source.gguf_file or not packed_as(source.path):
+        return size
+    return wide_size(source.path, packed_as(source.path).lower())
 
 
 def _placed(

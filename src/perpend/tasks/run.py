@@ -20,7 +20,7 @@ from perpend.options.asked import asked, require_no_search
 from perpend.options.commands import RunOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import Task, about, edit_facts, peak_memory
-from perpend.tasks.apply import bake_and_prove
+from perpend.tasks.apply import bake_and_prove, require_source
 from perpend.tasks.card import card_facts
 from perpend.tasks.finalists import Found
 from perpend.tasks.forecast import Forecast, forecast
@@ -135,6 +135,7 @@ def run(
     require_roundable(recipe)
     ModelRef.parse(model)
     splits = open_splits(recipe)
+    require_source(model, fetch=not dry_run)
     sizes = {s.name: len(s) for s in splits.sets()}
     if dry_run:
         cost = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)

@@ -26,6 +26,7 @@ from perpend.refs import ModelRef
 from perpend.searching.base import Base, measure_base
 from perpend.searching.storage import masked
 from perpend.searching.study import Ledger, View
+from perpend.tasks.apply import require_source
 from perpend.tasks.budget import Budget, measured_pace
 from perpend.tasks.crew import STORAGE, crew, machines, share_cores, take_part
 from perpend.tasks.finalists import Found, choose
@@ -140,6 +141,7 @@ def search(
     ModelRef.parse(model)
     fixed_position(recipe.fit)
     splits = open_splits(recipe)
+    require_source(model, fetch=not dry_run)
     sizes = {s.name: len(s) for s in splits.sets()}
     base = Run(str(output), model, "", (), sizes, None, None, None, None, {})
     if dry_run:

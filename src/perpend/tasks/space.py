@@ -10,6 +10,7 @@ from perpend.export.checkpoint import files
 from perpend.export.gguf_file import layouts
 from perpend.export.staging import nearest_folder, require_space
 from perpend.models.gguf import elements
+from perpend.models.quantised import packed_as, wide_size
 from perpend.refs import ModelRef, Resolved
 
 
@@ -21,8 +22,8 @@ def require_room(model: str, output: Path, machine: Machine, *, copies: int | No
             not, nothing is refused.
         output: Folder that the model's files would be copied to; a GGUF file would be a copy of the model's own.
         machine: Says the dtype in which a GGUF file is written out.
-        copies: How many checkpoints of this size lie there at the same time; by default one, and two of a GGUF file,
-            which is written out as safetensors before it is edited.
+        copies: How many checkpoints of this size lie there at the same time; by default one, and two of a GGUF file and
+            of FP8 or MXFP4 weights, which are written out in plain numbers before they are edited.
 
     Raises:
         UsageError: says how much is needed and how much is free; or there is no such model.
@@ -56,7 +57,9 @@ def _here(ref: ModelRef) -> Resolved | None:
 def _copied(source: Resolved, output: Path, machine: Machine) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and how many such are there while an edited one is made."""
     if source.gguf_file is None:
-        return sum(path.stat().st_size for path in files(source.path)), 1
+        packed = packed_as(source.path)
+        size = sum(path.stat().st_size for path in files(source.path))
+        return (wide_size(source.path, packed.lower()), 2) if packed else (size, 1)
     whole = source.path / source.gguf_file
     if output.suffix.lower() == ".gguf":
         return sum(part.path.stat().st_size for part in layouts(whole)), 1
