@@ -18,6 +18,7 @@ from gguf_cases import save_wide, write_gguf
 import perpend.tasks.gguf
 from perpend.errors import GateFailed, UsageError
 from perpend.models.anatomy import Anatomy
+from perpend.models.load import load_model
 from perpend.tasks.apply import apply
 
 
@@ -73,6 +74,58 @@ def test_a_model_in_parts_is_proven_by_its_weights(case, tmp_path):
     assert made.gate.prompts == 0
     assert made.output.endswith("out.gguf")
     assert {p.name for p in tmp_path.glob("out*")} == {"out-00001-of-00002.gguf", "out-00002-of-00002.gguf"}
+
+
+def test_a_model_larger_than_memory_is_proven_by_its_weights(case, tmp_path, monkeypatch):
+    source, file, recipe, edit = case
+    told = []
+    monkeypatch.setattr(perpend.tasks.gguf, "note", told.append)
+    made = apply(source, edit=file, output=tmp_path / "whole.gguf", recipe=recipe, machine=MACHINE)
+    assert (made.gate.prompts, told) == (4, [])
+    size = 2 * sum(t.n_elements for t in gguf.GGUFReader(source).tensors)
+    enough, short = (MACHINE.model_copy(update={"memory": str(bytes_)}) for bytes_ in (size + (1 << 31), size // 2))
+    monkeypatch.setattr(perpend.tasks.gguf, "free_memory", lambda device, memory: int(memory))
+    monkeypatch.setattr(perpend.tasks.gguf, "open_session", lambda *given: pytest.fail("loaded"))
+    made = apply(source, edit=file, output=tmp_path / "out.gguf", recipe=recipe, machine=short)
+    assert made.gate.prompts == 0
+    assert 0 < len(made.gate.leak) == len(edit)
+    assert made.gate.worst < 0.01
+    assert len(told) == 1
+    assert told[0].startswith("dequantised, the model takes ")
+    assert told[0].endswith("are free on cpu: the gate reads its weights alone")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        apply(source, edit=file, output=tmp_path / "more.gguf", recipe=recipe, machine=enough)
+
+
+def test_a_gguf_model_that_does_not_fit_is_not_told_to_be_offloaded(case, monkeypatch):
+    monkeypatch.setattr("perpend.models.places.free_memory", lambda device, memory: 1000)
+    with pytest.raises(UsageError, match="a safetensors checkpoint of the model, whose layers can be read") as told:
+        load_model(case[0], MACHINE)
+    assert "--offload" not in str(told.value)
+
+
+def test_a_gguf_output_is_not_promised_to_be_reversible(case, tmp_path):
+    source, file, recipe, _ = case
+    asked = recipe.model_copy(update={"export": recipe.export.model_copy(update={"reversible": True})})
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match=r"export\.reversible: a GGUF output cannot be taken back bit for bit"):
+            apply(source, edit=file, output=tmp_path / "out.gguf", recipe=asked, machine=MACHINE, dry_run=dry_run)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_edited_gguf_file_is_not_taken_back_and_names_its_original(case, tmp_path):
+    source, file, recipe, _ = case
+    quick = recipe.model_copy(update={"export": recipe.export.model_copy(update={"gate_prompts": 0})})
+    apply(source, edit=file, output=tmp_path / "out.gguf", recipe=quick, machine=MACHINE)
+    with pytest.raises(UsageError, match=r"keeps nothing of its original.*the file that it was made from, model\.gguf"):
+        apply(str(tmp_path / "out.gguf"), output=tmp_path / "back", undo=True)
+    with pytest.raises(UsageError, match="keeps nothing of its original") as told:
+        apply(source, output=tmp_path / "back", undo=True)
+    assert "made from," not in str(told.value)
+    with pytest.raises(UsageError, match="an original is written as a folder"):
+        apply(str(tmp_path / "hf"), output=tmp_path / "back.gguf", undo=True)
+    assert not list(tmp_path.glob("back*"))
 
 
 def test_a_folder_is_not_written_as_a_gguf_file(case, tmp_path):

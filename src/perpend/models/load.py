@@ -27,7 +27,7 @@ from perpend.models.memory import free_memory, pick_device
 from perpend.models.offload import Shelf, require_finite
 from perpend.models.packed import whole_blocks
 from perpend.models.parallel import World
-from perpend.models.places import READ, Part, Plan, parts, plan
+from perpend.models.places import OFFLOAD, READ, WHOLE, Part, Plan, parts, plan
 from perpend.models.quiet import silenced
 from perpend.models.trust import FLAG, require_own_code, trusted
 from perpend.progress import note
@@ -267,7 +267,7 @@ def _placement(
     fits = device.type == "mps" or size <= free_memory(device, machine.memory)
     if machine.offload == "none" or source.gguf_file or (fits and machine.offload == "auto"):
         offload = machine.model_copy(update={"offload": "none"})
-        return plan(whole, device, offload, where)
+        return plan(whole, device, offload, where, WHOLE if source.gguf_file else OFFLOAD)
     if machine.quantization != "none":
         raise UsageError(
             "layers that are read when they are needed cannot be quantised on the way",

@@ -19,6 +19,9 @@ READ = "disk"
 """What a device map says of a part that is read from the files when it is needed."""
 ROOM = 640 << 20
 """Bytes that are left to what is computed, and to the libraries that generation loads."""
+OFFLOAD = "--offload auto"
+WHOLE = "a safetensors checkpoint of the model, whose layers can be read when they are needed"
+"""What helps where the layers of a file cannot be: GGUF."""
 MAPS = ("auto", "balanced", "sequential")
 
 
@@ -88,7 +91,7 @@ def _walk(module: nn.Module, name: str, inner: bool) -> Iterator[tuple[str, nn.M
         yield from _walk(part, path, isinstance(module, nn.ModuleList))
 
 
-def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: str) -> Plan:
+def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: str, hint: str = OFFLOAD) -> Plan:
     """Decide where every part goes.
 
     Beside a GPU the layers that it cannot hold stay in main memory, and what that cannot hold is read from the files;
@@ -100,6 +103,7 @@ def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: s
         device: Where the model computes.
         machine: Memory, offloading, device map.
         where: For the message.
+        hint: What to do about a model that does not fit and may not be offloaded.
 
     Raises:
         UsageError: the model does not fit and may not be offloaded, or not even single layers fit.
@@ -117,7 +121,7 @@ def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: s
             raise UsageError(
                 f"the weights take {_gib(total)} and {_gib(free)} are free on {device}",
                 where=where,
-                hint="--offload auto",
+                hint=hint,
             )
     return _offloaded(found, device, machine, free, where)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from perpend.export.gguf_file import layouts
 from perpend.export.shards import ExportResult
 from perpend.export.verify import LeakRow, Untouched
 from perpend.models.anatomy import Anatomy
-from perpend.models.gguf import layout
+from perpend.models.gguf import Layout, layout
 from perpend.models.load import skeleton
+from perpend.models.memory import free_memory, pick_device
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.about import edit_facts
 from perpend.tasks.gate import Asked, Gate, Reference, proven, reference, require_untouched
 from perpend.tasks.portable import without_folders
 from perpend.tasks.setup import open_panel, open_session, require_fitting
+from perpend.units import size
 
 SUFFIX = ".gguf"
 
@@ -33,12 +36,23 @@ def is_gguf(output: Path) -> bool:
     return output.suffix.lower() == SUFFIX
 
 
-def require_roundable(recipe: Recipe) -> None:
-    """Refuse a rounding that cannot be taken back in an export that must be.
+def require_roundable(recipe: Recipe, output: Path | None = None) -> None:
+    """Refuse an export that must be taken back bit for bit and cannot be: one of codes, or rounded for them.
+
+    Args:
+        recipe: What is asked.
+        output: What is made; None for a folder.
 
     Raises:
         UsageError: says which keys.
     """
+    if recipe.export.reversible and output is not None and is_gguf(output):
+        raise UsageError(
+            "a GGUF output cannot be taken back bit for bit: edited tensors are rounded to the codes of their type, "
+            "which the kept numbers do not lead back from",
+            where="export.reversible",
+            valid="an output folder; the GGUF file that is edited stays as it is, keep it",
+        )
     if recipe.export.rounding in ("q4_0", "q8_0") and recipe.export.reversible:
         raise UsageError(
             f"an edit rounded for {recipe.export.rounding} cannot be taken back bit for bit",
@@ -71,6 +85,19 @@ def _file(model: str, output: Path) -> ModelRef:
     return ref
 
 
+def _cannot_run(files: Sequence[Layout], machine: Machine) -> str:
+    """Return why a GGUF model cannot be run here to prove its edit; empty where it can."""
+    if len(files) > 1:
+        return "a model in parts cannot be run here"
+    width = 4 if machine.dtype == "float32" else 2
+    need = width * sum(math.prod(tensor.shape) for file in files for tensor in file.tensors.values())
+    device = pick_device(machine.device)
+    free = free_memory(device, machine.memory)
+    if need <= free:
+        return ""
+    return f"dequantised, the model takes {size(need)} where {size(free)} are free on {device}"
+
+
 def write_gguf(
     model: str, edit: Edit, output: Path, recipe: Recipe, machine: Machine, splits: Splits
 ) -> tuple[ExportResult, Gate, Mapping[str, Any]]:
@@ -95,13 +122,14 @@ def write_gguf(
     source = Path(ref.name).expanduser()
     files = layouts(source)
     session = None
-    if len(files) == 1 and recipe.export.gate_prompts:
+    lacking = _cannot_run(files, machine) if recipe.export.gate_prompts else ""
+    if recipe.export.gate_prompts and not lacking:
         session = open_session(model, recipe, machine)
         require_fitting(session, edit)
         anatomy = session.anatomy
     else:
-        if recipe.export.gate_prompts:
-            note("a model in parts cannot be run here: the gate reads its weights alone")
+        if lacking:
+            note(f"{lacking}: the gate reads its weights alone")
         first = ModelRef("gguf", str(files[0].path)).resolve()
         anatomy = Anatomy.of(skeleton(first, str(ref)), recipe.edit.overrides or None)
     passed: list[Gate] = []

@@ -13,8 +13,10 @@ from perpend.export.checkpoint import Checkpoint, files
 from perpend.export.shards import plan
 from perpend.export.undo import REPLACED, UNDO, invert_files, require_invertible, restore
 from perpend.models.anatomy import Anatomy
+from perpend.models.gguf import metadata
 from perpend.models.load import load_model
 from perpend.refs import ModelRef
+from perpend.tasks.gguf import is_gguf
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import PAGE, REPORT
 from perpend.tasks.recipes import DIRECTIONS, EDIT, RECIPE, beside, find_edit
@@ -62,6 +64,15 @@ def take_back(source: str | Path, *, output: Path, machine: Machine | None = Non
         RunFailed: the files are not those that were kept.
     """
     started, folder, output = time.monotonic(), Path(source), Path(output)
+    if folder.is_file() and is_gguf(folder):
+        raise UsageError(
+            "a GGUF file keeps nothing of its original: edited tensors were rounded to the codes of their type",
+            where=str(source),
+            valid="a folder that apply or run made",
+            hint=f"the file that it was made from, {base}" if (base := _base(folder)) else "",
+        )
+    if is_gguf(output):
+        raise UsageError("an original is written as a folder", where=str(output), valid="the name of a folder")
     if not folder.is_dir():
         raise UsageError("no such folder", where=str(source), valid="what apply or run made")
     require_free(output)
@@ -85,6 +96,11 @@ def take_back(source: str | Path, *, output: Path, machine: Machine | None = Non
         invert_files(folder, patches, partial, [name for name in here if name not in (*ADDED, *missing)])
     tensors = len({patch.piece.entry.name for patch in patches})
     return Undone(str(output), str(folder), False, tensors, growth, missing, _since(started))
+
+
+def _base(path: Path) -> str:
+    """Return what an edited GGUF file says that it was made from; empty where it says nothing."""
+    return str(metadata(path).get("perpend.base", ""))
 
 
 def _since(started: float) -> float:
