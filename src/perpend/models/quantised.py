@@ -104,16 +104,24 @@ def packed_as(folder: Path) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    return _object(folder / "config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none, which is said when files are checked."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _shards(folder: Path) -> set[str]:
     """Return the names of the files that hold the weights."""
     if (folder / "model.safetensors").exists():
         return {"model.safetensors"}
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return set(index["weight_map"].values())
+    names = _object(folder / "model.safetensors.index.json").get("weight_map")
+    return {str(name) for name in names.values()} if isinstance(names, dict) else set()
 
 
 def wide_size(folder: Path, method: str) -> int:
