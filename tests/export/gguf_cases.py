@@ -23,8 +23,19 @@ WIDE = {
     },
     "qwen3_moe": {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 768, "norm_topk_prob": True},
     "qwen2": {"hidden_size": 128, "intermediate_size": 256},
+    "gpt2": {"n_embd": 128, "n_positions": 1024},  # what transformers takes it to be for a GGUF file
+    "gpt_oss": {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32},
 }
-ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2": "qwen2"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+    "qwen2": "qwen2",
+    "gpt2": "gpt2",
+    "gpt_oss": "gpt-oss",
+}
+BIASED = ("gpt2", "gpt_oss")
+"""Families whose writers have biases, and matrices that a GGUF file has the other way round."""
 
 
 def save_wide(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -46,11 +57,15 @@ def _metadata(writer: gguf.GGUFWriter, family: str, config: Any) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if family == "gpt2":
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(size)
     writer.add_value_length(size)
@@ -91,6 +106,11 @@ def _named(family: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = tensor.float()
+        if family == "gpt_oss" and ".experts." in name:
+            found |= _interleaved(name, tensor)
+            continue
+        if family == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T
         if name.endswith("experts.gate_up_proj"):
             layer = name.split(".")[2]
             gate, up = tensor.chunk(2, dim=1)
@@ -108,6 +128,16 @@ def _named(family: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _interleaved(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of gpt-oss's experts: `[E, out, in]` in a GGUF file, gate and up apart."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    tensor = tensor if kind == "bias" else tensor.transpose(1, 2)
+    layer = f"blk.{name.split('.')[2]}"
+    if "down_proj" in name:
+        return {f"{layer}.ffn_down_exps.{kind}": tensor}
+    return {f"{layer}.ffn_gate_exps.{kind}": tensor[:, ::2], f"{layer}.ffn_up_exps.{kind}": tensor[:, 1::2]}
+
+
 def write_gguf(family: str, model: torch.nn.Module, path: Path, kind: str = "F32", *, parts: int = 1) -> Path:
     """Write a pico model as a GGUF file whose matrices are of a type; returns the first file."""
     tensors = _named(family, model)
@@ -117,7 +147,8 @@ def write_gguf(family: str, model: torch.nn.Module, path: Path, kind: str = "F32
     _tokenizer(writer)
     own = gguf.GGMLQuantizationType[kind]
     for name, tensor in tensors.items():
-        whole = tensor.ndim > 1 and "blk." in name and tensor.shape[-1] % 32 == 0 and "gate_inp" not in name
+        matrix = tensor.ndim > 1 and name.startswith("blk.") and name.endswith("weight") and "gate_inp" not in name
+        whole = matrix and tensor.shape[-1] % 32 == 0
         data = np.ascontiguousarray(tensor.numpy())
         writer.add_tensor(name, gguf.quants.quantize(data, own) if whole else data, raw_dtype=own if whole else None)
     writer.write_header_to_file()

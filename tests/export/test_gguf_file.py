@@ -11,15 +11,17 @@ from export_cases import an_edit, load, logits
 pytest.importorskip("gguf")
 
 import gguf
-from gguf_cases import save_wide, write_gguf
+from gguf_cases import BIASED, save_wide, write_gguf
 
 import pico
 from perpend.config import Machine
 from perpend.core.leak import realised
 from perpend.core.quant import simulate
 from perpend.errors import GateFailed, UsageError
+from perpend.export.checkpoint import Checkpoint
 from perpend.export.gguf import bake_gguf, leak_rows, untouched, values
 from perpend.export.gguf_file import layouts
+from perpend.export.gguf_from import Source
 from perpend.export.shards import bake
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import load_model
@@ -42,7 +44,7 @@ class Case:
         return bake_gguf(self.source, self.edit, self.anatomy, out, **more)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2", "qwen3_moe", "gpt2"])
 @pytest.mark.parametrize("mode", ["plain", "row"])
 def test_the_edited_file_answers_as_the_edited_checkpoint(tmp_path, family, mode):
     case = Case(family, tmp_path, mode=mode)
@@ -202,6 +204,44 @@ def test_a_floating_file_can_be_made_ready_for_q4_0(tmp_path):
     for name in names(case):
         saved = values(new.path, new.tensors[name])
         assert torch.equal(simulate(saved, "q4_0").bfloat16().float(), saved)
+
+
+@pytest.mark.parametrize("family", BIASED)
+@pytest.mark.parametrize("mode", ["plain", "row"])
+def test_biases_and_matrices_that_the_model_has_turned_are_edited_too(tmp_path, family, mode):
+    case = Case(family, tmp_path, mode=mode)
+    bake(case.folder, case.edit, case.anatomy, tmp_path / "edited", case.model)
+    model = load(tmp_path / "edited")
+    wanted = layouts_of(write_gguf(family, model, tmp_path / "wanted.gguf"))
+    edited = Source(Checkpoint(tmp_path / "edited"), model, case.anatomy)
+    for name, more in (("ours", {"model": case.model}), ("theirs", {"wanted": edited.wanted})):
+        result = case.bake(tmp_path / f"{name}.gguf", **more)
+        assert sum(tensor.endswith(".bias") for tensor in result.edited) == len(case.edit)
+        assert len(result.edited) == 2 * len(case.edit)
+        found, before = layouts_of(tmp_path / f"{name}.gguf"), layouts_of(case.source)
+        for key in wanted.tensors:
+            asked, made, old = (values(file.path, file.tensors[key]) for file in (wanted, found, before))
+            assert torch.allclose(made, asked, atol=1e-5)
+            assert torch.equal(made, old) == (key not in result.edited)
+            assert key not in result.edited or (asked - old).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", BIASED)
+def test_a_file_with_biases_keeps_its_types_and_its_weight_factors(tmp_path, family):
+    case = Case(family, tmp_path, "Q8_0", weight=0.6)
+    rows = []
+    result = case.bake(
+        tmp_path / "out.gguf",
+        check=lambda files, result, changes: rows.extend(
+            leak_rows(changes, [*map(layouts_of, files)], case.anatomy, case.model)
+        ),
+    )
+    before, after = layouts_of(case.source), layouts_of(tmp_path / "out.gguf")
+    kinds = {name: after.tensors[name].type for name in result.edited}
+    assert kinds == {name: "F32" if name.endswith(".bias") else "Q8_0" for name in kinds}
+    assert not untouched([before], [after], result.edited).differing
+    assert len(rows) == len(case.edit)
+    assert max(row.miss for row in rows) < 0.01
 
 
 def test_a_model_without_such_tensors_is_one_line(tmp_path):
