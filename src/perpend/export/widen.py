@@ -129,4 +129,4 @@ def _write(checkpoint: Checkpoint, entry: TensorEntry, part: Packed | None, file
         wide = numbers.to(torch.bfloat16)
         if not bool(wide.isfinite().all()):
             raise RunFailed(f"tensor {part.name!r} is not finite in bfloat16", where=str(checkpoint.path))
-        file.write(memoryview(wide.contiguous().view(torch.uint8).numpy()).cast("B"))
+        file.write(wide.contiguous().view(torch.uint8).numpy().tobytes())

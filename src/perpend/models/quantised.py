@@ -137,7 +137,9 @@ def in_memory(folder: Path, size: int, settings: Any | None) -> int:
         size: Bytes of its files.
         settings: What it is loaded with; FP8 and MXFP4 that are not computed with are widened.
     """
-    return wide_size(folder, str(settings.quant_method.value)) if getattr(settings, "dequantize", False) else size
+    if settings is None or not getattr(settings, "dequantize", False):
+        return size
+    return wide_size(folder, str(settings.quant_method.value))
 
 
 def _base(folder: Path, config: Mapping[str, Any]) -> str | None:

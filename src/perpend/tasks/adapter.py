@@ -87,8 +87,9 @@ def adapter(
     require_fitting(session, chosen)
     ref, at = session.loaded.ref, session.loaded.source.revision
     base = ref.title
-    with original(session, output) as folder, appearing(output) as partial:
-        made = write_adapter(folder, chosen, session.anatomy, session.model, partial, base=base, revision=at, rank=rank)
+    with original(session, output, found, machine) as plain, appearing(output) as partial:
+        folder, model_held = plain.path, plain.session.model
+        made = write_adapter(folder, chosen, session.anatomy, model_held, partial, base=base, revision=at, rank=rank)
         chosen.save(partial / EDIT)
         write_recipe(partial, pinned(found, session.loaded), chosen)
         front = _front_matter(base if ref.kind == "hub" else None, base_front_matter(folder))
