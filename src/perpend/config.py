@@ -109,6 +109,9 @@ class FitSection(_Section):
     """accumulate: measure once and edit every module; iterative: edit some, measure again, go on."""
     modules_per_batch: int = Field(default=2, ge=1)
     """Iterative strategy: modules edited between two measurements."""
+    refined: bool = False
+    """Written by a search whose gradient steps turned the direction: it lies in the edit beside the recipe, from which
+    `perpend apply` makes the same weights, and cannot be measured again."""
 
 
 class EditSection(_Section):
@@ -186,6 +189,8 @@ class SearchSection(_Section):
     """How many of the best finalists are refined, each for itself."""
     refine_kernel: bool = False
     """Project refined weight factors to the nearest normal kernel of each component, and judge that."""
+    refine_direction: bool = False
+    """Refine the direction too, where one layer's is taken out of all modules. The edit that is written holds it."""
     survivors: int = Field(default=8, ge=2)
     """Candidates of the front that generate shortly, so that the score is checked."""
     finalists: int = Field(default=4, ge=1)
@@ -207,6 +212,7 @@ BUDGET = (
     "refine",
     "refine_from",
     "refine_kernel",
+    "refine_direction",
     "survivors",
     "finalists",
     "max_drift",

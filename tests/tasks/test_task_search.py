@@ -24,16 +24,19 @@ import perpend.fitting.behaviour
 import perpend.tasks.finalists as finalists
 from perpend.cli.main import main
 from perpend.config import Machine, Recipe, load, to_toml
+from perpend.core.directions import Directions
 from perpend.core.edits import Edit
 from perpend.core.maps import edit_weight
-from perpend.core.schedule import NormalKernel
+from perpend.core.schedule import Constant, NormalKernel
 from perpend.data import load_splits
 from perpend.errors import Interrupted, RunFailed, UsageError
 from perpend.judges.judgement import Rate
 from perpend.models.session import Session
+from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer
 from perpend.searching.front import Rule
 from perpend.searching.study import Ledger, Outcome
+from perpend.tasks.apply import apply
 from perpend.tasks.broken import Bar, Broken
 from perpend.tasks.crew import STORAGE
 from perpend.tasks.finalists import Correlation, Point
@@ -528,6 +531,59 @@ def test_several_finalists_are_refined_to_kernels_and_what_is_not_confirmed_is_n
     for part in (written.edit.attention, written.edit.mlp):
         assert isinstance(part, NormalKernel)
     assert written.edit.mlp == second.refined.candidate.mlp
+
+
+def test_a_refined_direction_is_in_the_weights_and_its_recipe_makes_them_again(done, pico_dir, tmp_path, monkeypatch):
+    refined, sites, said = finalists._refined, [], []
+    monkeypatch.setattr(finalists, "note", said.append)
+    monkeypatch.setattr(finalists, "_refined", lambda site, *more: (sites.append(site), refined(site, *more))[1])
+    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, to_json=dict))
+    order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
+    monkeypatch.setattr(finalists, "_ordered", order)
+    asked = recipe(done[0], refine=10, refine_direction=True, trials=6, max_broken=1.0, max_drift=0.4)
+    asked = asked.model_copy(update={"fit": asked.fit.model_copy(update={"layer": 1.0})})
+    made = search(str(pico_dir("llama")), output=tmp_path / "out", recipe=asked, machine=MACHINE)
+    assert made.found.refinements, said
+    (told,), chosen = made.found.refinements, made.found.chosen
+    assert chosen.name == told.refined.name
+    edit, written = Edit.load(tmp_path / "out" / "edit.safetensors"), load(tmp_path / "out" / "recipe.toml")
+    (measured,), basis = {id(s): s for s in sites}.values(), chosen.candidate.basis
+    kept = Directions.load(tmp_path / "out" / "directions.safetensors")
+    for part in edit.modules.values():
+        assert torch.equal(part.directions, kept.at(1))
+        assert 1e-3 < float((part.directions - measured.base.directions[basis].at(1)).norm()) < 0.5
+    before, after = (load_file(p / "model.safetensors") for p in (pico_dir("llama"), tmp_path / "out"))
+    for name, part in edit.modules.items():
+        assert torch.equal(after[f"{name}.weight"], edit_weight(before[f"{name}.weight"], part)), name
+    assert made.gate.worst <= 0.05
+    assert "refined by gradient descent" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "front.json").read_text())["chosen"]["direction_refined"]
+    apply(str(tmp_path / "out" / "recipe.toml"), output=tmp_path / "again", machine=MACHINE)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert one == other
+    for task in (run, search):
+        with pytest.raises(UsageError, match=r"cannot be measured again.*perpend apply RECIPE"):
+            task(str(pico_dir("llama")), output=tmp_path / task.__name__, recipe=written, machine=MACHINE)
+        assert not (tmp_path / task.__name__).exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "method", "turned"), [(1.0, "mean", True), (None, "mean", False), (1.0, "biprojected", False)]
+)
+def test_a_direction_is_refined_only_where_all_modules_share_it(monkeypatch, layer, method, turned):
+    told, given = [], []
+    monkeypatch.setattr(finalists, "note", told.append)
+    monkeypatch.setattr(
+        finalists, "refine", lambda *args, **named: given.append(named) or SimpleNamespace(candidate=one)
+    )
+    one = Candidate(layer, 1, "plain", False, Constant(weight=1.0), Constant(weight=1.0), method)
+    site = SimpleNamespace(
+        recipe=Recipe.model_validate({"search": {"refine_direction": True}}), session=None, scorer=None
+    )
+    start = replace(point(1.0, 1), candidate=one)
+    assert finalists._refined(site, start, SimpleNamespace(held_out=())) == []
+    assert given[0]["direction"] == turned
+    assert any("weight factors alone" in line for line in told) != turned
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory, 2 GiB"), UsageError("experts")])

@@ -33,6 +33,17 @@ def fixed_position(section: FitSection) -> int:
     raise UsageError("auto needs layers to be tried", where="fit.position", valid="fit.layer = 'auto', or a number")
 
 
+def require_measured(section: FitSection) -> None:
+    """Refuse a recipe whose direction was found otherwise than by measuring.
+
+    Raises:
+        UsageError: a search has refined it.
+    """
+    if section.refined:
+        told = "a direction that a search has refined cannot be measured again"
+        raise UsageError(told, where="fit.refined", hint="perpend apply RECIPE -o OUT, with the edit beside it")
+
+
 def residual_stats(
     session: Session,
     prompts: Sequence[Prompt],

@@ -14,7 +14,7 @@ from perpend.core.reliability import cosines, expected_cosine
 from perpend.core.schedule import layers as length
 from perpend.data import Prompt, PromptPair, Splits
 from perpend.errors import UsageError
-from perpend.fitting.accumulate import Checkpoint, families, fixed_position
+from perpend.fitting.accumulate import Checkpoint, families, fixed_position, require_measured
 from perpend.fitting.behaviour import observe, usable
 from perpend.fitting.iterative import Step, iterate
 from perpend.fitting.layers import Candidate, Choice, Probe, best, choose_layer
@@ -79,8 +79,10 @@ def fit_edit(
 
     Raises:
         RunFailed: too few prompts on which the model does what their class says; a layer without separation.
-        UsageError: a layer out of range, or a list of weight factors of another length; before the model runs.
+        UsageError: a layer out of range, a list of weight factors of another length, or a direction that a search has
+            refined; before the model runs.
     """
+    require_measured(recipe.fit)
     session.anatomy.require_complete(recipe.edit.allow_partial)
     weight_factors(session.anatomy, recipe.edit)
     layer, choice = fixed_layer(recipe, session.n_layers), None

@@ -14,7 +14,7 @@ from perpend.config import Recipe
 from perpend.core.directions import Directions
 from perpend.core.kinds import Basis, Method
 from perpend.data import Splits
-from perpend.fitting.accumulate import Checkpoint, fixed_position
+from perpend.fitting.accumulate import Checkpoint, fixed_position, require_measured
 from perpend.fitting.behaviour import Behaviour, observe, usable
 from perpend.fitting.fit import all_at, fingerprints
 from perpend.models.session import Reply, Session
@@ -69,8 +69,9 @@ def measure_base(
 
     Raises:
         RunFailed: too few prompts on which the model does what their class says.
-        UsageError: a position that needs layers to be tried.
+        UsageError: a position that needs layers to be tried, or a direction that a search has refined.
     """
+    require_measured(recipe.fit)
     session.anatomy.require_complete(recipe.edit.allow_partial)
     position = fixed_position(recipe.fit)
     store = stores("fit") if recipe.fit.filter else None

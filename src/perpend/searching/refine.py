@@ -107,8 +107,8 @@ def refine(
         smooth: Weight of the prior, in nats per mean squared difference of neighbours over `bound`².
         rate: Learning rate of λ.
         kernel: Project the result to the nearest normal kernel of each component; it is scored as such.
-        direction: Refine the direction of the candidate's layer as well. The result then needs `Refined.directions`
-            and has no recipe.
+        direction: Refine the direction of the candidate's layer as well. The result then needs `Refined.directions`,
+            which no recipe measures.
         held_out: Targets of the scorer, by their place, that nothing is chosen by.
         seed: Of which prompts a step reads.
 
@@ -188,7 +188,7 @@ class _Descent:
 
     def _free(self, candidate: Candidate) -> Tensor:
         given = self.scorer.directions[candidate.basis]
-        if candidate.layer is None or given.method == "biprojected":
+        if candidate.layer is None or not turns(candidate):
             raise UsageError(
                 "only one direction that all layers share can be refined", valid="a layer for the candidate"
             )
@@ -347,6 +347,11 @@ class _Descent:
         vectors[place] = orthonormalise(self.rows.detach()).float()
         moved = replace(given, vectors=vectors, provenance={**given.provenance, "refined": place})
         return replace(made, layer=float(place)), {**self.scorer.directions, self.candidate.basis: moved}
+
+
+def turns(candidate: Candidate) -> bool:
+    """Return whether the direction of a candidate can be refined: one that all modules share as it is."""
+    return candidate.layer is not None and candidate.method != "biprojected"
 
 
 def _dealt(cards: Sequence[int], rng: random.Random) -> Iterator[list[int]]:

@@ -52,7 +52,7 @@ def card_facts(
         n_layers=session.n_layers,
         mode=recipe.edit.mode,
         method=METHODS[recipe.fit.method],
-        direction=f"of layer {layer:g}" if layer is not None else "as `edit.safetensors` holds them, module by module",
+        direction=_origin(recipe, layer),
         measures=report.measures() if report else (),
         judge=report.kind if report else "dictionary only",
         judge_detail=report.judges() if report else "",
@@ -73,3 +73,9 @@ def card_facts(
         recipe=to_toml(without_folders(pinned(recipe, session.loaded)).model_dump(mode="json")),
         versions=versions(),
     )
+
+
+def _origin(recipe: Recipe, layer: float | None) -> str:
+    """Return where the direction came from, in words."""
+    told = "as `edit.safetensors` holds them, module by module" if layer is None else f"of layer {layer:g}"
+    return told + (", refined by gradient descent" if recipe.fit.refined else "")

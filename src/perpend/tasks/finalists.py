@@ -23,7 +23,7 @@ from perpend.models.memory import reclaim
 from perpend.progress import note
 from perpend.searching.base import Stores
 from perpend.searching.front import CEILING, Pair, Rule
-from perpend.searching.refine import refine
+from perpend.searching.refine import refine, turns
 from perpend.searching.study import Outcome, Trial, View
 from perpend.tasks.broken import Bar
 from perpend.tasks.points import Point, Replies, too_short
@@ -258,7 +258,10 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
     search = site.recipe.search
     if not search.refine:
         return []
-    leash = max(search.max_drift or 0.0, start.outcome.drift)
+    leash, direction = max(search.max_drift or 0.0, start.outcome.drift), search.refine_direction
+    if direction and not turns(start.candidate):
+        note(f"{start.name}: weight factors alone are refined, its modules do not share one direction")
+        direction = False
     try:
         found = refine(
             site.session,
@@ -267,6 +270,7 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
             steps=search.refine,
             max_drift=leash,
             kernel=search.refine_kernel,
+            direction=direction,
             held_out=replies.held_out,
             seed=site.recipe.seed,
         )
@@ -283,7 +287,7 @@ def _refined(site: Site, start: Point, replies: Replies) -> list[Point]:
         note(f"{search.refine} gradient steps found nothing better than {start.name}")
         return []
     made = Point(f"{start.name}, refined", found.candidate, rounded(found.outcome), "gradient", start.on_front)
-    return [replies.shortly(made)]
+    return [replies.shortly(replace(made, directions=found.directions) if direction else made)]
 
 
 def _judged(

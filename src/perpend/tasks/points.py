@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from perpend.config import Recipe
+from perpend.core.directions import Directions
 from perpend.core.edits import Edit
+from perpend.core.kinds import Basis
 from perpend.data import Prompt, PromptPair
 from perpend.fitting.behaviour import TOKENS, Behaviour, labels
 from perpend.judges.judgement import Judgement, Rate
@@ -50,12 +54,25 @@ class Point:
     """Of all targets of the select split, at full length."""
     broken: Broken | None = None
     """Replies at full length that cannot be read, of both classes."""
+    directions: Mapping[Basis, Directions] | None = None
+    """Those of the candidate, where its direction was refined; None for those that were measured."""
 
     @property
     def acceptance(self) -> float:
         """Share of replies that are accepted, at full length where that is known."""
         known = self.judged.acceptance if self.judged else self.accepted_shortly
         return known.share if known else 0.0
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """Return `base` with the fit and the edit of the candidate; a refined direction is called so."""
+        made = self.candidate.recipe(base)
+        if self.directions is None:
+            return made
+        return made.model_copy(update={"fit": made.fit.model_copy(update={"refined": True})})
+
+    def edit(self, site: Site) -> Edit:
+        """Return the edit of the candidate."""
+        return self.candidate.edit(site.session, self.directions or site.base.directions, site.recipe)
 
     def to_json(self, n_layers: int) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -75,7 +92,8 @@ class Point:
             "refused": judged.rate(Label.REFUSE).to_json() if judged else None,
             "broken": self.broken.target.to_json() if self.broken else None,
             "broken_baselines": self.broken.baseline.to_json() if self.broken else None,
-            "words": self.candidate.words(n_layers),
+            "words": self.candidate.words(n_layers) + ("; its direction refined" if self.directions else ""),
+            "direction_refined": self.directions is not None,
             "candidate": self.candidate.to_json(),
             "weights": self.candidate.weights(n_layers),
         }
@@ -143,4 +161,4 @@ class Replies:
 
     def edit(self, point: Point) -> Edit:
         """Return the edit of a candidate."""
-        return point.candidate.edit(self._site.session, self._site.base.directions, self._site.recipe)
+        return point.edit(self._site)

@@ -36,7 +36,7 @@ from perpend.tasks.gguf import require_roundable
 from perpend.tasks.journal import Journal, journal
 from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.points import Replies
-from perpend.tasks.recipes import RECIPE
+from perpend.tasks.recipes import DIRECTIONS, RECIPE
 from perpend.tasks.run import Clock, Run, finished
 from perpend.tasks.setup import journal_key, open_panel, open_session, open_splits
 from perpend.tasks.space import require_room
@@ -213,7 +213,7 @@ def _proven(
     asked: Asked, base: Run, site: Site, found: Found, panel: Panel, kept: Journal, said: Tell, clock: Clock
 ) -> Run:
     """Measure the chosen edit on the report split, bake it and prove it."""
-    recipe = found.chosen.candidate.recipe(asked.recipe)
+    recipe = found.chosen.recipe(asked.recipe)
     edit = base.fitted.edit.sha256[:12] if base.fitted else ""
 
     def stores(name: str) -> Any:  # another budget may choose another edit; the untouched model stays
@@ -221,6 +221,8 @@ def _proven(
 
     def write(folder: Path) -> None:
         put_findings(folder, found, site)
+        if found.chosen.directions and base.fitted:
+            base.fitted.directions.save(folder / DIRECTIONS)
         if asked.storage is None:
             shutil.copyfile(kept.folder / STUDY, folder / STUDY)
 
@@ -259,7 +261,6 @@ def _trials(asked: Asked, site: Site, kept: Journal, beside: list[Machine], budg
 
 def _fitted(site: Site, found: Found) -> Fitted:
     """Return the chosen edit as a fit would, which the report and the card read."""
-    candidate, recipe = found.chosen.candidate, site.recipe
-    edit = candidate.edit(site.session, site.base.directions, recipe)
-    directions = site.base.directions[candidate.basis]
-    return Fitted(directions, edit, candidate.layer, fixed_position(recipe.fit), None, dict(site.base.counts))
+    candidate, position = found.chosen.candidate, fixed_position(site.recipe.fit)
+    directions = (found.chosen.directions or site.base.directions)[candidate.basis]
+    return Fitted(directions, found.chosen.edit(site), candidate.layer, position, None, dict(site.base.counts))
