@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,3 +188,48 @@ def test_free_memory_knows_the_limits_of_the_process(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("text", "size"), [("3GB", 3 * 10**9), ("1.5 GiB", 3 << 29), ("1000", 1000)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert Machine.model_validate({"memory": text}).memory == size
+
+
+def test_a_device_map_may_leave_layers_in_the_files(pico_dir: Dirs, tmp_path: Path) -> None:
+    own = load_model(pico_dir("llama"), IN_MEMORY)
+    found = places.parts(own.model, 4)
+    layer = next(part for part in found if part.kind == "layer")
+    file = tmp_path / "places.json"
+    file.write_text(json.dumps({part.name: "disk" if part == layer else "cpu" for part in found}))
+    machine = Machine(device="cpu", batch_size=2, device_map=str(file), offload_folder=tmp_path)
+    away = Session(load_model(pico_dir("llama"), machine), machine)
+    assert away.shelf is not None
+    assert all(p.is_meta for p in away.model.get_submodule(layer.name).parameters())
+    here = Session(own, IN_MEMORY)
+    assert torch.equal(*(torch.cat(list(one.capture(PROMPTS))) for one in (here, away)))
+
+
+def test_what_a_device_map_reads_and_holds_is_counted(tmp_path: Path) -> None:
+    found = [places.Part("a.words", 100, "words"), *(places.Part(f"a.layers.{k}", 10, "layer") for k in range(11))]
+    file = tmp_path / "places.json"
+    file.write_text(json.dumps({"a": 0, "a.layers.1": "disk", "a.layers.2": "cpu", "a.layers.3.mlp": "disk"}))
+    machine = Machine(device_map=str(file))
+    on_gpu = places.plan(found, torch.device("cuda"), machine, "m")
+    assert (on_gpu.kept, on_gpu.held, on_gpu.read, on_gpu.unit) == (180, 10, 20, 10)
+    on_cpu = places.plan(found, torch.device("cpu"), machine, "m")
+    assert (on_cpu.kept, on_cpu.held, on_cpu.read) == (190, 0, 20)
+    file.write_text('{"": "cpu"}')
+    assert places.plan(found, torch.device("cpu"), machine, "m") == places.Plan({"": "cpu"}, 210)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no device map '.*'; valid: auto, balanced, sequential, or a JSON file"),
+        ("{'a': 0}", "not valid JSON"),
+        ("[0, 1]", "not a mapping of modules to devices"),
+        ('{"a": 0.5}', "not a mapping of modules to devices"),
+    ],
+)
+def test_what_is_no_device_map_is_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "places.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=said) as caught:
+        places.plan([], torch.device("cpu"), Machine(device_map=str(file)), "m")
+    assert "\n" not in str(caught.value)

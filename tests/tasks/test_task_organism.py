@@ -59,13 +59,16 @@ def test_an_organism_end_to_end(tmp_path, monkeypatch):
 
 def test_a_dry_run_writes_nothing_and_errors_come_before_loading(pico_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(organisms, "load_model", None)
+    tokens = []
+    monkeypatch.setattr("perpend.tasks.forecast._seconds", lambda parameters, n, device: tokens.append(n) or 100.0)
     recipe, before = a_recipe(tmp_path), contents(tmp_path)
     made = organism(str(pico_dir("llama")), output=tmp_path / "out", recipe=recipe, machine=MACHINE, dry_run=True)
     json.dumps(made.to_json(), allow_nan=False)
     assert made.lessons == 32
     assert made.forecast.reads == made.forecast.writes > 0
     assert made.forecast.edited_modules is None
-    assert made.forecast.seconds > 0
+    assert made.forecast.seconds >= 100
+    assert tokens == [made.forecast.prompts * 64 + made.forecast.new_tokens + 2 * 32 * 64]  # back, beside forward
     report = made.forecast.prompts - 16 - 32  # beside the answers of the model itself and the lessons
     assert made.forecast.new_tokens == 16 * 4 + report * 4 > 64
     twice = organism(

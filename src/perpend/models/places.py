@@ -108,9 +108,9 @@ def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: s
     Raises:
         UsageError: the model does not fit and may not be offloaded, or not even single layers fit.
     """
-    total, free = sum(p.bytes for p in found), free_memory(device, machine.memory)
     if machine.device_map not in MAPS:
-        return Plan(read_map(machine.device_map), total)
+        return _as_mapped(found, read_map(machine.device_map), device)
+    total, free = sum(p.bytes for p in found), free_memory(device, machine.memory)
     if machine.offload != READ:
         if device.type == "mps" or total <= free:
             return Plan({"": device}, total)
@@ -124,6 +124,20 @@ def plan(found: Sequence[Part], device: torch.device, machine: Machine, where: s
                 hint=hint,
             )
     return _offloaded(found, device, machine, free, where)
+
+
+def _as_mapped(found: Sequence[Part], places: dict[str, Any], device: torch.device) -> Plan:
+    """Count what a device map reads from the files and what it leaves in main memory, a part that it divides whole."""
+
+    def where(name: str) -> list[Any]:
+        above = [key for key in places if not key or name == key or name.startswith(f"{key}.")]
+        below = [place for key, place in places.items() if key.startswith(f"{name}.")]
+        return [places[max(above, key=len)], *below] if above else below
+
+    read = [p.bytes for p in found if READ in where(p.name)]
+    held = [p.bytes for p in found if device.type != "cpu" and "cpu" in where(p.name) and READ not in where(p.name)]
+    kept = sum(p.bytes for p in found) - sum(read) - sum(held)
+    return Plan(places, kept, sum(held), sum(read), max([*read, *held], default=0))
 
 
 def _offloaded(found: Sequence[Part], device: torch.device, machine: Machine, free: int, where: str) -> Plan:
