@@ -207,6 +207,8 @@ def shown(browser) -> int:
 
 
 def test_filters_show_what_they_name_and_can_be_cleared(made, browser, look):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     look(390, "dark")
     browser.get((made / "report.html").as_uri())
     pairs = json.loads((made / "report.json").read_text())["report"]["pairs"]
@@ -239,7 +241,7 @@ def test_filters_show_what_they_name_and_can_be_cleared(made, browser, look):
         assert 0 < len(expected) < whole, asked
         assert shown(browser) == len(expected), asked
         clear.click()
-        assert shown(browser) == whole
+        WebDriverWait(browser, 5).until(lambda b: shown(b) == whole)  # the page looks once the fields are empty
 
 
 def test_everything_can_be_reached_and_opened_by_keyboard(made, browser, look):

@@ -102,7 +102,7 @@ def test_every_step_of_lm_eval_is_told_and_nothing_else(pico_dir, tmp_path, task
     for kind, metric in (("generate_until", "exact_match"), ("loglikelihood_rolling", "word_perplexity")):
         text = WRITING.format(path=rows, kind=kind, metric=metric).replace("writing", kind)
         (tasks / f"{kind}.yaml").write_text(text)
-    given = {"include": tasks, "machine": MACHINE, "limit": 10}
+    given = {"include": tasks, "machine": MACHINE, "questions": 10}
     model, names = str(pico_dir("llama")), ["colours", "generate_until", "loglikelihood_rolling"]
     fit(model, output=tmp_path / "edit", recipe=a_recipe(tmp_path), machine=MACHINE)
     capfd.readouterr()
