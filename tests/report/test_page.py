@@ -224,7 +224,7 @@ def test_filters_show_what_they_name_and_can_be_cleared(made, browser, look):
     assert not browser.find_elements("css selector", "#pairs > details[open]")
     clear = browser.find_element("css selector", "#filter button[type=reset]")
     clear.click()
-    assert shown(browser) == whole
+    WebDriverWait(browser, 5).until(lambda b: shown(b) == whole)  # the page looks once the fields are empty
     for asked in FILTERS:
         for name, value in asked.items():
             field = browser.find_element("name", name)
@@ -241,7 +241,7 @@ def test_filters_show_what_they_name_and_can_be_cleared(made, browser, look):
         assert 0 < len(expected) < whole, asked
         assert shown(browser) == len(expected), asked
         clear.click()
-        WebDriverWait(browser, 5).until(lambda b: shown(b) == whole)  # the page looks once the fields are empty
+        WebDriverWait(browser, 5).until(lambda b: shown(b) == whole)
 
 
 def test_everything_can_be_reached_and_opened_by_keyboard(made, browser, look):
