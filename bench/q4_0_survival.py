@@ -193,7 +193,7 @@ class Bench:
                 whole = values(change.file.path, change.tensor)
                 change.writer.assign(change.writer.weight(other.model).data, whole)
             moved = cost(other, None, asked, DRIFT_TOKENS, reference=reference, limit=len(self.baselines))
-            found[name] = {"drift": moved.to_json()}
+            found[name] = {"drift": {k: v for k, v in moved.to_json().items() if k != "per_prompt"}}
             if name in BOTH:
                 replies = other.generate(self.targets, max_new_tokens=self.asked.tokens)
                 found[name]["replies"] = [r.tokens[:-1] if r.finished else r.tokens for r in replies]

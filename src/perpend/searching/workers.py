@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,8 +55,7 @@ class Plan:
         """Return the hypervolume after each generation that has ended: nats of refusal times decades of drift."""
         found: list[float] = []
         while len(found) * self.size < limit and view.complete(len(found), limit):
-            edge = [(refusal, decades(drift)) for refusal, drift in self.front(view, len(found) + 1)]
-            found.append(hypervolume(edge, (self.untouched[0], decades(CEILING))))
+            found.append(volume(self.front(view, len(found) + 1), self.untouched))
         return found
 
 
@@ -70,6 +69,17 @@ def pair(trial: Trial) -> Pair:
     if trial.outcome is None:
         raise RunFailed(f"trial {trial.slot} has no score")
     return trial.outcome.refusal, trial.outcome.drift
+
+
+def place(trial: Trial) -> Pair:
+    """Return refusal, and decades of drift, of a trial that was scored: where it lies along a front."""
+    refusal, drift = pair(trial)
+    return refusal, decades(drift)
+
+
+def volume(pairs: Iterable[Pair], untouched: Pair) -> float:
+    """Return the hypervolume of refusal and drift, in nats of refusal times decades of drift."""
+    return hypervolume([(refusal, decades(drift)) for refusal, drift in pairs], (untouched[0], decades(CEILING)))
 
 
 class Watch(Protocol):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from perpend.searching.front import CEILING, Pair, along, decades, front
+from perpend.searching.front import CEILING, along, front
 from perpend.searching.study import Trial, View
-from perpend.searching.workers import pair, scored
+from perpend.searching.workers import pair, place, scored
 
 OTHERS = 4
 """Trials of the second front that reply too, so that the score is checked beside the front as well."""
@@ -21,13 +21,13 @@ LEADERS = 2
 def first(view: View, on_front: Sequence[Trial], n: int) -> list[Trial]:
     """Return up to `n` trials along the front, and a few along the front of the others."""
     slots = {trial.slot for trial in on_front}
-    return along(on_front, n, _place) + second(view, slots, OTHERS)
+    return along(on_front, n, place) + second(view, slots, OTHERS)
 
 
 def second(view: View, but: Container[int], n: int) -> list[Trial]:
     """Return up to `n` trials along the front of those whose slots are not in `but`."""
     rest = [t for t in scored(view) if t.slot not in but and pair(t)[1] <= CEILING]
-    return along(front(rest, pair), n, _place)
+    return along(front(rest, pair), n, place)
 
 
 def beside(on_front: Sequence[Trial], replied: Sequence[Trial], n: int) -> list[Trial]:
@@ -47,11 +47,6 @@ def beside(on_front: Sequence[Trial], replied: Sequence[Trial], n: int) -> list[
         for side in (chain[at + 1 :], chain[:at][::-1]):
             gap = next((k for k, trial in enumerate(side) if trial.slot in known), len(side))
             if gap:
-                middle = along(side[:gap], 3, _place)[min(gap, 3) // 2]
+                middle = along(side[:gap], 3, place)[min(gap, 3) // 2]
                 found[middle.slot] = middle
     return list(found.values())[:n]
-
-
-def _place(trial: Trial) -> Pair:
-    refusal, drift = pair(trial)
-    return refusal, decades(drift)

@@ -23,11 +23,11 @@ from perpend.progress import meter, note, standing
 from perpend.refs import ModelRef, Resolved
 from perpend.searching.base import Base
 from perpend.searching.forward import Scorer
-from perpend.searching.front import CEILING, Pair, Rule, along, decades, front, hypervolume
+from perpend.searching.front import Pair, Rule, along, front
 from perpend.searching.space import Space
 from perpend.searching.storage import masked
 from perpend.searching.study import ROUND, Ledger, Outcome, Trial, View
-from perpend.searching.workers import Plan, Watch, describe, pair, scored, work
+from perpend.searching.workers import Plan, Watch, describe, pair, place, scored, volume, work
 from perpend.tasks.setup import template_hash
 from perpend.units import seconds
 
@@ -300,19 +300,17 @@ class Progress:
         best = best_by(self._rule, found, self._plan.untouched)
         headed = f"front of {len(found)}, from refusal {self._plan.untouched[0]:.2f} untouched; * {self._rule}"
         standing("\n".join([pace, headed, *(_line(t, t is best) for t in _some(found, best))]))
-        edges = [(refusal, decades(drift)) for refusal, drift in [self._plan.untouched, *map(pair, found)]]
-        volume = hypervolume(edges, (self._plan.untouched[0], decades(CEILING)))
         points = [{"slot": t.slot, "refusal": pair(t)[0], "drift": pair(t)[1]} for t in found]
         told: dict[str, Any] = {"trials": finished, "per_minute": round(rate, 2), "seconds_left": round(left, 1)}
-        told |= {"hypervolume": round(volume, ROUND)}
+        told |= {"hypervolume": round(volume(map(pair, found), self._plan.untouched), ROUND)}
         self._tell("front", {**told, "front": points, "best": best.slot})
 
 
 def _some(found: Sequence[Trial], best: Trial) -> list[Trial]:
     """Return up to `SHOWN` trials along a front, the best among them, by drift."""
-    spread = along(found, SHOWN, lambda t: (pair(t)[0], decades(pair(t)[1])))
+    spread = along(found, SHOWN, place)
     if best not in spread:
-        spread = along(found, SHOWN - 1, lambda t: (pair(t)[0], decades(pair(t)[1])))
+        spread = along(found, SHOWN - 1, place)
     return sorted({t.slot: t for t in [*spread, best]}.values(), key=lambda t: pair(t)[1])
 
 
