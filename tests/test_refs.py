@@ -11,7 +11,7 @@ import pytest
 from hub import Hub, Repo, serving
 from perpend.errors import UsageError
 from perpend.progress import reporting
-from perpend.refs import DataRef, ModelRef
+from perpend.refs import DataRef, ModelRef, without_secrets
 from steps import Steps
 
 
@@ -215,3 +215,9 @@ def test_a_download_is_a_step_in_mebibytes_of_what_the_cache_lacks(
     assert (again.steps, again.notes) == ([], [])
     assert sum(sum(step.moves) for step in more.steps) >= 1
     assert capfd.readouterr().err == ""
+
+
+def test_neither_the_token_nor_a_signed_address_is_in_what_is_said() -> None:
+    said = "hf_abc may not read https://cdn.example/file?Signature=xyz&Expires=1 now"
+    assert without_secrets(said, "hf_abc") == "(the token) may not read https://cdn.example/file now"
+    assert without_secrets(said, None) == "hf_abc may not read https://cdn.example/file now"

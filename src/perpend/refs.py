@@ -163,10 +163,15 @@ def _snapshot(name: str, revision: str | None, fetch: bool) -> Resolved:
     except LocalEntryNotFoundError:
         raise UsageError(f"not in the local cache, and the hub cannot be reached{nor}", where=where) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
-        said, token = str(error).split("\n")[0], get_token()
-        said = said.replace(token, "(the token)") if token else said  # a server may repeat what it was given
+        said = without_secrets(str(error).split("\n")[0], get_token())
         raise UsageError(f"cannot be fetched: {said}{nor}", where=where) from None
     return Resolved(Path(found), revision=Path(found).name)
+
+
+def without_secrets(said: str, token: str | None) -> str:
+    """Return what the hub's client said without the token, which a server may repeat, and without signed addresses."""
+    said = said.replace(token, "(the token)") if token else said
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", said)
 
 
 @contextmanager

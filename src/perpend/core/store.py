@@ -18,7 +18,7 @@ from perpend.whole import write_file
 KEY = "perpend"
 """The one metadata key; several would be written in no fixed order."""
 VERSION = 1
-_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a reader meets in content that is not what it takes it for; nesting without end is a RuntimeError."""
 
 Artefact = TypeVar("Artefact")
@@ -68,7 +68,7 @@ def read(path: str | Path, kind: str, build: Callable[[dict[str, Tensor], dict[s
         raise UsageError(f"not a whole safetensors file: {_short(error)}", where=where) from None
     except UsageError as error:
         raise error if error.where else UsageError(_short(error), where=where) from None
-    except _STUMBLES as error:
+    except STUMBLES as error:
         raise UsageError(f"holds no whole {kind}: {type(error).__name__} {_short(error)}", where=where) from None
 
 

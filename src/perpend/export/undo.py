@@ -30,6 +30,7 @@ from torch import Tensor
 
 from perpend.core.linear import double, orthonormalise
 from perpend.core.maps import BLOCK, Geometry, ModuleEdit
+from perpend.core.store import STUMBLES
 from perpend.errors import RunFailed, UsageError
 from perpend.export.card import CARD
 from perpend.export.checkpoint import Checkpoint
@@ -45,8 +46,6 @@ REPLACED = (CARD, "NOTICE")
 """Files of the original that an export may write anew; they are kept whole."""
 MAX_FILE = 64 << 20
 """Bytes that one of them may have."""
-_STUMBLES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
-"""What is met in kept numbers that Perpend did not write."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def restore(edited: Path, out: Path) -> tuple[int, dict[str, str]]:
                     where=str(edited / name),
                 )
         return len({piece["tensor"] for piece in content["pieces"]}), dict(content["left_out"])
-    except _STUMBLES as error:
+    except (*STUMBLES, zlib.error) as error:
         raise UsageError(f"not what Perpend kept: {type(error).__name__} {str(error)[:200]}", where=str(path)) from None
 
 

@@ -90,6 +90,7 @@ class Sheet:
             tails: What the model is made to say after each prompt, in several ways.
         """
         self.session, self.sizes = session, [len(each) for each in tails]
+        self._ends = list(accumulate(self.sizes, initial=0))
         self._prompts = [prompt for prompt, each in zip(prompts, tails, strict=True) for _ in each]
         self._tails = [tail for each in tails for tail in each]
         self._groups = [
@@ -119,7 +120,7 @@ class Sheet:
         return True
 
     def _planted(self, tokens: int, columns: int, at: Sequence[int]) -> bool:
-        ends = list(accumulate(self.sizes, initial=0))
+        ends = self._ends
         try:
             for where, tree in plant(self._groups, tokens, columns):
                 planted = Planted.of(self.session, tree)
@@ -138,7 +139,7 @@ class Sheet:
         Args:
             of: The sequences of a tree, counted over all. Those of a single prompt stay together: there are no halves.
         """
-        ends = list(accumulate(self.sizes, initial=0))
+        ends = self._ends
         own = [k for k, first in enumerate(ends[:-1]) if of.start <= first < of.stop]
         middle, found = len(own) // 2, list[tuple[range, Planted]]()
         for half in (own[:middle], own[middle:]) if middle else ():
@@ -176,8 +177,7 @@ class Sheet:
         Raises:
             RunFailed: a batch that is not halved again does not fit into memory.
         """
-        ends = list(accumulate(self.sizes, initial=0))
-        some = range(ends[prompts.start], ends[prompts.stop])
+        some = range(self._ends[prompts.start], self._ends[prompts.stop])
         while True:
             try:
                 return self._alone(own, reduce, some, base)
@@ -209,10 +209,9 @@ class Sheet:
     def some(self) -> Sheet:
         """Return the sheet of two prompts, one of which has the longest sequences."""
         order = sorted(range(len(self._groups)), key=lambda k: -max(len(s.prompt + s.tail) for s in self._groups[k]))
-        firsts = [sum(self.sizes[:k]) for k in range(len(self.sizes))]
-        chosen = [order[0], order[-1]] if len(order) > 1 else order
-        prompts = [self._prompts[firsts[k]] for k in chosen]
-        return Sheet(self.session, prompts, [self._tails[firsts[k] : firsts[k] + self.sizes[k]][:2] for k in chosen])
+        chosen, ends = [order[0], order[-1]] if len(order) > 1 else order, self._ends
+        prompts = [self._prompts[ends[k]] for k in chosen]
+        return Sheet(self.session, prompts, [self._tails[ends[k] : ends[k + 1]][:2] for k in chosen])
 
 
 def _halve(session: Session) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from perpend import __version__
 from perpend.errors import PerpendError, RunFailed, UsageError
 from perpend.export.card import CARD
 from perpend.progress import track
-from perpend.refs import without_bars
+from perpend.refs import without_bars, without_secrets
 from perpend.tasks.outgoing import Kept, Sent, choose, require_card
 
 if TYPE_CHECKING:
@@ -219,7 +218,7 @@ def told(repo: str, token: str) -> Iterator[None]:
         at = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         code = at.response.status_code if isinstance(at, HfHubHTTPError) else None
         said = getattr(at, "server_message", None) or str(at)
-        raise explained(code, " ".join(said.split()).replace(token, "(the token)"), repo) from None
+        raise explained(code, without_secrets(" ".join(said.split()), token), repo) from None
 
 
 def explained(code: int | None, said: str, repo: str) -> PerpendError:
@@ -230,7 +229,7 @@ def explained(code: int | None, said: str, repo: str) -> PerpendError:
         said: What the hub or its client said.
         repo: For the message.
     """
-    said = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", said)[:200]  # signed addresses are secrets too
+    said = said[:200]
     if code == 401:
         return UsageError("the hub does not accept the token", where=repo, hint="hf auth login, or another HF_TOKEN")
     if code == 403:
