@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from task_cases import MACHINE, a_recipe, contents, counting, names, stopping, tensors
+from transformers.models.llama import modeling_llama
 
 import perpend.tasks.apply
 import perpend.tasks.gate
@@ -80,6 +81,41 @@ def test_the_card_is_told_whether_the_model_sees(pico_dir, tmp_path, family, see
     gate, export = SimpleNamespace(worst=0.0, leak=()), SimpleNamespace(changed=())
     facts = card_facts(session, Edit({}), Recipe(), gate, export, tmp_path / "out")
     assert facts.sees == sees
+
+
+@pytest.fixture
+def gated(pico_dir, monkeypatch) -> Path:
+    """A Llama whose second layer passes its MLP through a gate, which no edit of the matrix can account for."""
+    plain = modeling_llama.LlamaDecoderLayer.__init__
+
+    def gate(self, config, layer_idx):
+        plain(self, config, layer_idx)
+        if layer_idx == 1:
+            self.mlp.register_forward_hook(lambda module, given, made: made * torch.sigmoid(given[0]))
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", gate)
+    return pico_dir("llama")
+
+
+def test_the_card_of_a_partial_edit_names_what_was_left_as_it_was(gated, tmp_path):
+    recipe = a_recipe(tmp_path)
+    with pytest.raises(UsageError, match=r"not every writer can be edited: layer 1 mlp.*--allow-partial"):
+        run(str(gated), output=tmp_path / "out", recipe=recipe, machine=MACHINE)
+    assert names(tmp_path) == {"target.txt", "baseline.txt"}
+    made = run(str(gated), output=tmp_path / "out", recipe=recipe, machine=MACHINE, allow_partial=True)
+    apply(str(tmp_path / "out" / "recipe.toml"), output=tmp_path / "again", machine=MACHINE)
+    assert len(made.fitted.edit.modules) == 5
+    before, after = (load_file(folder / "model.safetensors") for folder in (gated, tmp_path / "out"))
+    down = "model.layers.{}.mlp.down_proj.weight"
+    assert [torch.equal(before[down.format(k)], after[down.format(k)]) for k in range(3)] == [False, True, False]
+    for name in ("out", "again"):
+        card = (tmp_path / name / "README.md").read_text()
+        said = card.partition("**The edit is partial.**")[2].partition("Modified files")[0]
+        assert "- layer 1 mlp: " in said, card
+        assert said.count("\n- ") == said.count("\n- layer 1 mlp: ") == 2
+        assert "| attention | 3 of 3 | 0-2 |" in card
+        assert "| mlp | 2 of 4 | 0, 2 |" in card  # as `inspect` counts: two lines tell of the gap
+        assert "allow_partial = true" in card
 
 
 def test_paths_lose_their_folders_and_references_stay(tmp_path):

@@ -85,7 +85,7 @@ class Component:
     Attributes:
         name: attention or mlp.
         edited: Modules with a weight factor other than 0.
-        total: Modules of this component that write to the residual stream.
+        total: Modules of this component that write to the residual stream, with the gaps.
         layers: Such as `7-29`.
         weakest: Weight factor at the other end of the range from `strongest`.
         strongest: Weight factor that is largest in size; below 0 it strengthens what it is applied to.
@@ -181,7 +181,8 @@ def describe(edit: Edit, anatomy: Anatomy) -> tuple[Component, ...]:
             strongest, peak = max(parts, key=lambda part: abs(part[0]))
             weakest = min((weight for weight, _ in parts), key=lambda weight: weight * strongest)
             layers = spans(layer for _, layer in parts)
-            found.append(Component(name, len(parts), len(own), layers, weakest, strongest, peak))
+            total = len(own) + sum(gap.component == name for gap in anatomy.gaps)
+            found.append(Component(name, len(parts), total, layers, weakest, strongest, peak))
     return tuple(found)
 
 
