@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy
@@ -72,6 +74,36 @@ def check(ledger: Ledger, began: Counter, undisturbed: dict) -> None:
 
 def test_a_journal_survives_a_killed_worker(tmp_path, undisturbed):
     check(*disturbed(str(tmp_path / "study.log"), tmp_path), undisturbed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_worker_that_was_killed_while_it_wrote_keeps_nobody_waiting(tmp_path, monkeypatch, locks):
+    if not locks:
+        monkeypatch.setattr("perpend.whole.fcntl", None)
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger("study.log", "shared")
+    ledger.create()
+    before = Path("study.log").read_bytes()
+    child = os.fork()
+    if child == 0:
+        backend = open_storage("study.log")._backend
+        backend._lock.acquire()
+        with Path("study.log").open("ab") as file:
+            file.write(b'{"op_code":')
+        os._exit(0)  # without giving it up
+    os.waitpid(child, 0)
+    began = time.monotonic()
+    if not locks:  # what is left is a link, which is waited for until it is old
+        hurried = SimpleNamespace(monotonic=lambda: 100 * time.monotonic(), sleep=time.sleep)
+        monkeypatch.setattr("optuna.storages.journal._file.time", hurried)
+    storage = open_storage("study.log")
+    assert time.monotonic() - began < 10
+    storage.set_study_user_attr(ledger.study, "seen", 1)
+    lines = Path("study.log").read_bytes()
+    assert lines.startswith(before)
+    assert b'{"op_code":{' not in lines
+    assert open_storage("study.log").get_study_user_attrs(ledger.study)["seen"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------ PostgreSQL

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,8 @@ from typing import Any
 import pytest
 
 sys.path.extend(str(Path(__file__).parent.parent / name) for name in ("export", "tasks"))
+
+from task_cases import Labels
 
 import pico
 from perpend.cli.main import main
@@ -53,6 +56,7 @@ COMMANDS = {
     "apply --undo": ("apply", "edited", "--undo", "-o", "out"),
     "eval": ("eval", "model", "-e", "edit", "-o", "out", *REPLIES, *SETS, *MACHINE),
     "run": ("run", "model", "-o", "out", *FIT, *MEASURED),
+    "search": ("search", "model", "-o", "out", "--config", "search.toml", *MEASURED),
     "adapter": ("adapter", "model", "-e", "edit", "-o", "out", "--device", "cpu"),
     "vector": ("vector", "edit", "-o", "out.gguf"),
     "export gguf": ("export", "gguf", "edited", "-o", "out.gguf", "--base", "model.gguf"),
@@ -70,8 +74,10 @@ NEEDS = {
     "adapter": "peft",
     "bench": "lm_eval",
 }
-VARYING = {"report.json", "report.html", "README.md", "demo.json", "bench.json", "organism.toml"}
+VARYING = {"report.json", "report.html", "README.md", "demo.json", "bench.json", "organism.toml", "study.log"}
 """Files that say how long it took or when it was."""
+WHOSE = re.compile(rb'"(attempt|worker|seconds)": [^,}]+')
+"""What a trial says of who ran it and when."""
 
 BOTH = """\
 prompts = {target = 'target.txt', baseline = 'baseline.txt'}
@@ -81,6 +87,10 @@ DEMO = f"""{BOTH}
 fit.layer = 1
 eval = {{classifier = 'none', max_new_tokens = 2, drift_tokens = 2, control_prompts = 0}}
 export.gate_prompts = 1
+"""
+SEARCH = """\
+fit.filter = false
+search = {trials = 4, generation = 2, batch = 2, prompts = 3, survivors = 2, finalists = 2, max_rank = 1, refine = 2}
 """
 TASK = """\
 task: colours
@@ -167,6 +177,7 @@ def _serve(folder: Path, asked: Connection) -> None:
 def _stand_ins() -> None:
     """Shorten what has no option for it, and put pico models in the place of those of the demo."""
 
+    import perpend.fitting.behaviour as behaviour
     import perpend.tasks.demo as demos
     import perpend.tasks.organism as organisms
     from perpend.teaching import shipped
@@ -177,6 +188,7 @@ def _stand_ins() -> None:
 
     organisms.ANSWER_TOKENS = organisms.REPLY_TOKENS = 2
     organisms.Training = partial(organisms.Training, rank=2, batch_tokens=4096)
+    behaviour.Dictionary = Labels  # pico models refuse nothing, and a search needs what is refused
     demos.make_organism, shipped.require, shipped.base = make, lambda: None, lambda: Path("model")
 
 
@@ -185,7 +197,7 @@ def state(path: Path) -> dict[str, bytes | None]:
     if path.is_file():
         return {path.name: None if path.suffix == ".html" else path.read_bytes()}
     found = sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path)): None if p.name in VARYING else p.read_bytes() for p in found}
+    return {str(p.relative_to(path)): None if p.name in VARYING else WHOSE.sub(b"", p.read_bytes()) for p in found}
 
 
 INPUTS = ("model", "model.gguf", "edit", "edited")
@@ -199,6 +211,7 @@ class Place:
         for kind, lead in (("target", "How do I harm"), ("baseline", "Tell me about")):
             (folder / f"{kind}.txt").write_text("".join(f"{lead} number {k}?\n" for k in range(12)))
         (folder / "demo.toml").write_text(DEMO)
+        (folder / "search.toml").write_text(SEARCH)
         (folder / "tasks").mkdir()
         (folder / "tasks" / "colours.yaml").write_text(TASK)
         rows = [{"question": f"A fox {k}", "choices": ["bread", "salt"], "answer": k % 2} for k in range(3)]

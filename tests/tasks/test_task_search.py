@@ -208,6 +208,21 @@ def test_ctrl_c_ends_after_the_batch_and_the_printed_command_goes_on(done, pico_
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_ctrl_c_in_the_last_batch_ends_before_the_replies(done, pico_dir, tmp_path, monkeypatch, capsys):
+    score, batches = Scorer.score, []
+
+    def pressed(self, candidates, **rivals):
+        batches.append(len(candidates))
+        if sum(batches) == SMALL["trials"]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(self, candidates, **rivals)
+
+    monkeypatch.setattr(Scorer, "score", pressed)
+    assert main(typed(tmp_path, pico_dir("llama"), "-q")) == 130
+    assert "interrupted after 12 trials" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
     """Let the processes that a search starts use the dictionary of these tests, and run `more` before anything else."""
     patched, tests = folder / "path", Path(__file__).parent

@@ -8,11 +8,12 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
 from perpend.errors import MissingExtra, UsageError
+from perpend.whole import lock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -32,8 +33,11 @@ def open_storage(where: str | Path) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     text = str(where)
     if "://" not in text:
-        _mend(Path(text))
-        return JournalStorage(JournalFileBackend(text))
+        guard = _JournalLock(Path(text))
+        backend = JournalFileBackend(text, cast(Any, guard))
+        guard.acquire()
+        guard.release()
+        return JournalStorage(backend)
     url = _with_driver(text)
     for attempt in range(5):
         try:
@@ -74,19 +78,50 @@ def masked(where: str | Path) -> str:
     return url.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
-def _mend(path: Path) -> None:
-    """Cut off a last line that a crash left unfinished; nobody has read it."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+class _JournalLock:
+    """Keeps the writers of a journal file apart, and cuts off a last line that a crash left unfinished.
+
+    The system gives it up with the process that holds it. Optuna's own is a link that a killed process leaves behind,
+    which others wait for 30 seconds, or for ever where the path is relative.
+    """
+
+    def __init__(self, path: Path) -> None:
         from optuna.storages.journal import JournalFileSymlinkLock
 
-        lock = JournalFileSymlinkLock(str(path))
-        lock.acquire()
+        self._path, self._held = path, -1
+        self._link = JournalFileSymlinkLock(str(path.absolute()))
+
+    def acquire(self) -> bool:
+        """Wait until nobody writes."""
+        held = self._locked()
+        if held is None:
+            self._link.acquire()
+        else:
+            self._held = held
+        self._mend()
+        return True
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._held < 0:
+            self._link.release()
+        else:
+            os.close(self._held)
+            self._held = -1
+
+    def _locked(self) -> int | None:
         try:
-            data = path.read_bytes()
-            if not data.endswith(b"\n"):
-                os.truncate(path, data.rfind(b"\n") + 1)
-        finally:
-            lock.release()
+            return lock(self._path, wait=True)
+        except OSError:  # a file system that has no locks
+            return None
+
+    def _mend(self) -> None:
+        with self._path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def this_process() -> dict[str, Any]:

@@ -252,7 +252,7 @@ def _trials(asked: Asked, site: Site, kept: Journal, beside: list[Machine], budg
             why = site.work(lambda: INTERRUPTED if signs else budget.over(), look)
     finally:
         write_trials(kept.folder / TRIALS, site)
-    if why == INTERRUPTED:
+    if signs:  # also one during the last batch: what comes after it takes longer than all of them
         done = len(site.view().finished())
         told = f"interrupted after {done} trials; what was done is kept in {kept.folder}"
         raise Interrupted(told, hint=asked.command(kept.folder))
