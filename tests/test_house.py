@@ -165,6 +165,7 @@ CARRIED = (
     "judges/endpoint.toml",
     "export/templates/card.md.jinja",
     "report/templates/report.html.jinja",
+    "report/templates/single.html.jinja",
     "report/templates/report.css",
     "report/templates/report.js",
     *(f"serving/page/page.{kind}" for kind in ("html", "css", "js")),

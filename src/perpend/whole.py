@@ -129,24 +129,43 @@ class Taken(RunFailed):
 
 
 def name_all(partial: Sequence[Path], files: Sequence[Path]) -> None:
-    """Give complete files their names.
+    """Give complete files their names, the last one last; if that fails none of them keeps it.
 
     Raises:
         Taken: one of the names is; what has it stays as it is, and so do the `.partial` files.
     """
-    done: list[tuple[Path, Path]] = []
-    for path, file in zip(partial, files, strict=True):
-        try:
+    path, file = partial[0], files[0]
+    named = 0
+    try:
+        for path, file in zip(partial, files, strict=True):
             _name(path, file)
-        except FileExistsError:
-            for first, second in done:
-                second.unlink() if first.exists() else second.rename(first)
-            reason = f"cannot be renamed to {file.name}, which appeared meanwhile; the finished file is kept"
-            raise Taken(reason, where=str(path)) from None
-        done.append((path, file))
+            named += 1
+    except BaseException as error:
+        for first, second in zip(partial[: named + 1], files, strict=False):
+            _take_back(first, second, given=second is not file)
+        if not isinstance(error, FileExistsError):
+            raise
+        reason = f"cannot be renamed to {file.name}, which appeared meanwhile; the finished file is kept"
+        raise Taken(reason, where=str(path)) from None
     for path in partial:
         path.unlink(missing_ok=True)
     flush(files[0].absolute().parent)
+
+
+def _take_back(partial: Path, file: Path, *, given: bool) -> None:
+    """Take a name from a file, if it has it; without hard links, only where it was `given` for sure."""
+    if unfinished(file):
+        file.unlink()
+    elif given and not partial.exists():
+        file.rename(partial)
+
+
+def unfinished(file: Path) -> bool:
+    """Say whether a file has its name and is still called `.partial`, too: the rest of its output is not there yet."""
+    try:
+        return partial_of(file).samefile(file)
+    except FileNotFoundError:
+        return False
 
 
 def _name(partial: Path, file: Path) -> None:

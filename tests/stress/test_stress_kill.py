@@ -31,6 +31,7 @@ from task_cases import Labels
 import pico
 from perpend.cli.main import main
 from perpend.errors import RunFailed, UsageError
+from perpend.export.beside import pages_of
 from perpend.export.gguf_file import appearing as files
 from perpend.tasks.journal import journal
 from perpend.tasks.output import appearing, replace_text
@@ -192,10 +193,15 @@ def _stand_ins() -> None:
     demos.make_organism, shipped.require, shipped.base = make, lambda: None, lambda: Path("model")
 
 
+def beside(out: Path) -> set[str]:
+    """Names of the report of an output that is one file, where it is there."""
+    return {page.name for page in pages_of(out) if page.exists()}
+
+
 def state(path: Path) -> dict[str, bytes | None]:
     """Every file of an output with its bytes, but for those that say how long it took."""
     if path.is_file():
-        return {path.name: None if path.suffix == ".html" else path.read_bytes()}
+        return {path.name: None if path.suffix == ".html" else path.read_bytes(), **dict.fromkeys(beside(path))}
     found = sorted(p for p in path.rglob("*") if p.is_file())
     return {str(p.relative_to(path)): None if p.name in VARYING else WHOSE.sub(b"", p.read_bytes()) for p in found}
 
@@ -284,7 +290,7 @@ class Place:
             code, _ = self.shop(name)
         assert code == 0, self.shop.said()
         assert self.done(name)
-        assert self.left() == {self.out(name).name}
+        assert self.left() == {self.out(name).name, *beside(self.out(name))}
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +327,9 @@ def interrupted_at(name: str, place: Place, how_many: int, *, again: bool) -> No
         assert code == 130, (moment, said)
         assert "Traceback" not in said, moment
         assert said.strip().splitlines()[-1].startswith("perpend: interrupted"), (moment, said)
-        out = place.out(name).name
-        assert place.left() <= {out, f"{out}.resume"}, moment
+        path = place.out(name)
+        whole = beside(path) if path.exists() else set()
+        assert place.left() <= {path.name, f"{path.name}.resume", *whole}, moment
         if again and not place.done(name) and "passed its gate" not in said:  # which says that another output is needed
             place.again(name)
         place.clear()
@@ -429,6 +436,44 @@ def test_a_file_that_appeared_meanwhile_stays_as_it_is(tmp_path):
     with pytest.raises(UsageError, match="out-2: already exists"):
         write_file(last, b"ours", replace=False)
     assert last.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_report_is_named_before_its_file_and_what_was_left_of_it_is_made_anew(tmp_path, monkeypatch, sign):
+    out, pages, link = tmp_path / "out", [tmp_path / "out.json", tmp_path / "out.html"], os.link
+
+    def write(text: str) -> None:
+        with files([out], pages) as (partial,):
+            for path in (partial, *map(partial_of, pages)):
+                path.write_text(text)
+
+    def end(source: Path, target: Path) -> None:
+        if target == out:
+            os.kill(os.getpid(), sign)
+        link(source, target)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            monkeypatch.setattr(os, "link", end)
+            write("old")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    if sign == signal.SIGKILL:
+        assert {p.name for p in pages} < {p.name for p in tmp_path.iterdir()}
+        assert not out.exists()
+        with pytest.raises(UsageError, match="stopped here; inspect it, then remove it"):
+            write("new")
+        partial_of(out).unlink()
+    else:
+        assert not list(tmp_path.iterdir())
+    write("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(("out", "out.json", "out.html"), "new")
+    out.unlink()
+    with pytest.raises(UsageError, match=r"out\.json: already exists"):
+        write("newer")
 
 
 def test_files_appear_where_there_are_no_hard_links(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from perpend.config import Recipe, load, to_toml
 from perpend.errors import RunFailed, UsageError
 
 CARD = "---\nbase_model:\n- owner/base\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# An edit\n"
-REPLIES = {"report.html", "report.json", "after.jsonl"}
+REPLIES = {"report.html", "report.json", "after.jsonl", "vocab.gguf.report.json", "vocab.gguf.report.html"}
 
 
 @pytest.fixture
@@ -57,6 +57,8 @@ def out(tmp_path: Path) -> Path:
         "LICENSE": "a licence",
         "report.html": "a prompt",
         "report.json": "a prompt",
+        "vocab.gguf.report.html": "a prompt",
+        "vocab.gguf.report.json": "a prompt, in a file that is called like a part of a tokenizer",
         "after.jsonl": "a reply",
         "notes.txt": "mine",
         ".hidden": "mine",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from task_cases import MACHINE, a_recipe, names
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "report"))
+
+from beside import sound
 
 import perpend
 from perpend.cli.main import main
@@ -94,13 +100,65 @@ def test_a_control_vector_moves_targets_to_where_baselines_lie(fitted: Path, tmp
     torch.testing.assert_close(moved, directions.baseline_mean[1] @ v.T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shift - v.T @ (v @ shift), torch.zeros_like(shift), rtol=0, atol=1e-5)
     assert made.layers == (1,)
-    assert names(tmp_path) == {"v.gguf"}
+    assert names(tmp_path) == {"v.gguf", "v.gguf.report.json", "v.gguf.report.html"}
+
+
+def test_the_report_of_a_control_vector_says_what_it_adds_and_how_the_classes_lie(fitted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    made = perpend.vector(fitted, output=tmp_path / "v.gguf", layers="1-2")
+    assert made.pages == tuple(str(tmp_path / f"v.gguf.report.{kind}") for kind in ("json", "html"))
+    data, page = sound(tmp_path / "v.gguf")
+    directions = Directions.load(fitted / "directions.safetensors")
+    before = json.loads((fitted / "report.json").read_text())
+    assert [(x["layer"], x["apart"]) for x in data["vector"]["shifts"]] == [
+        (layer, pytest.approx(float(directions.raw_norm[layer]))) for layer in made.layers
+    ]
+    for norm in made.norms:
+        assert f"<td>{norm:.4g}</td>" in page
+    assert data["fit"]["diagnostics"]["auc"] == directions.diagnostics["auc"]
+    assert data["fit"]["cosines"] == before["fit"]["cosines"]
+    assert data["fit"]["counts"] == before["fit"]["counts"]
+    assert data["about"]["model"] == before["about"]["model"]
+    assert data["about"]["command"] == "perpend vector fit -o v.gguf --layers 1-2"
+    for part in ("Separation by layer", "Directions of every two layers", "--control-vector-scaled v.gguf:1.0"):
+        assert part in page
+    assert "Every module takes" not in page
+    assert 'id="edit"' not in page
+
+
+def test_a_control_vector_of_directions_alone_is_reported_too(fitted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    shutil.copy(fitted / "directions.safetensors", tmp_path / "mine.safetensors")
+    (tmp_path / "report.json").write_text(
+        (fitted / "report.json").read_text().replace('"raw_norm": [', '"raw_norm": [1,')
+    )
+    perpend.vector(tmp_path / "mine.safetensors", output=tmp_path / "v.gguf", layers="1")
+    data, page = sound(tmp_path / "v.gguf")
+    assert "counts" not in data["fit"]  # the report in that folder is of other directions
+    assert "model" not in data["about"]
+    assert data["fit"]["layer"] == 1
+    assert "Fitted on" not in page
+
+
+@pytest.mark.parametrize("taken", ["v.gguf.report.json", "v.gguf.report.html"])
+def test_a_report_that_is_there_already_is_not_overwritten(fitted: Path, tmp_path: Path, taken: str) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / taken).write_text("mine")
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=f"{taken}: already exists"):
+            perpend.vector(fitted, output=tmp_path / "v.gguf", dry_run=dry_run)
+    assert names(tmp_path) == {taken}
+    assert (tmp_path / taken).read_text() == "mine"
 
 
 def test_several_layers_share_what_is_added(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip("gguf")
     assert main(["vector", str(fitted), "-o", str(tmp_path / "v.gguf"), "--layers", "1-2"]) == 0
-    assert "after layer 1 by" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "after layer 1 by" in said
+    assert [line for line in said.splitlines() if line.startswith("wrote ")][1:] == [
+        f"wrote {tmp_path / name}" for name in ("v.gguf.report.json", "v.gguf.report.html")
+    ]
     one = perpend.vector(fitted / "directions.safetensors", output=tmp_path / "one.gguf", layers="2")
     shared = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "v.gguf").tensors}
     alone = gguf.GGUFReader(tmp_path / "one.gguf").tensors[0]

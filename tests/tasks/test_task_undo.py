@@ -44,6 +44,20 @@ def test_a_reversible_output_becomes_its_original_bit_for_bit(source: Path, tmp_
     assert (undone.exact, undone.growth, undone.missing) == (True, None, {})
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_the_report_of_a_source_is_not_taken_for_that_of_the_output(source: Path, tmp_path: Path, reversible) -> None:
+    for name in ("report.json", "report.html", "a.gguf.report.json"):
+        (source / name).write_text("of the source", encoding="utf-8")
+    out = applied(source, tmp_path, 0.6, reversible=reversible)
+    assert "of the source" not in (out / "report.json").read_text(encoding="utf-8")
+    assert not (out / "a.gguf.report.json").exists()
+    undone = perpend.apply(str(out), undo=True, output=tmp_path / "again", machine=MACHINE)
+    assert not [name for name in names(tmp_path / "again") if "report" in name]
+    said = "the report of the unedited model"
+    told = dict.fromkeys(("a.gguf.report.json", "report.html", "report.json"), said)
+    assert undone.missing == (told if reversible else {"README.md": "written anew by the edit"})
+
+
 def test_without_what_was_kept_an_edit_is_inverted_and_that_is_said(source: Path, tmp_path: Path) -> None:
     out = applied(source, tmp_path, 0.6, "column")
     assert UNDO not in names(out)

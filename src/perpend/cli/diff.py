@@ -16,6 +16,7 @@ from perpend.cli import render, views
 from perpend.cli.options import MEASURE, Request, command
 from perpend.cli.text import printable
 from perpend.options.table import OUTPUT
+from perpend.report.changes import by_kind
 
 Checkpoint = "hub id (org/name or org/name@revision) or directory"
 Base = Annotated[str, typer.Argument(metavar="BASE", help=f"The model before: {Checkpoint}.", show_default=False)]
@@ -114,16 +115,10 @@ def _bars(weights: list[float]) -> str:
 def _changes(changes: list[dict[str, Any]]) -> Table:
     right = ("changed", "moved", "rank", "predicted")
     made = render.table("Changed matrices", "matrices", *right, "by", right=right)
-    for kind in sorted({change["kind"] for change in changes}):
-        own = [change for change in changes if change["kind"] == kind]
-        moved = sorted(change["moved"] for change in own)
-        ranks = sorted(change["rank"] for change in own)
-        mean = {name: sum(change["shares"][name] for change in own) / len(own) for name in own[0]["shares"]}
-        best = next(name for name, share in mean.items() if share >= min(0.9, max(mean.values())))
-        span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} – {ranks[-1]}"
-        best = best if mean[best] >= 0.5 else "none of the accounts"
-        share = f"{mean.get(best, 0.0):.1%}"
-        made.add_row(printable(kind), str(len(own)), f"{moved[len(moved) // 2]:.2%}", span, share, best)
+    for own in by_kind(changes):
+        span = f"{own.ranks[0]}" if own.ranks[0] == own.ranks[1] else f"{own.ranks[0]} – {own.ranks[1]}"
+        account = own.account or "none of the accounts"
+        made.add_row(printable(own.kind), str(own.count), f"{own.moved:.2%}", span, f"{own.share:.1%}", account)
     return made
 
 

@@ -38,6 +38,8 @@ def written(data: Data) -> View:
     if data.get("output"):
         verb = "would write" if data.get("dry_run") else "wrote"
         yield Text(f"{verb} {printable(str(data['output']))}{f' in {seconds(took)}' if took else ''}")
+        for page in data.get("pages") or ():
+            yield Text(f"{verb} {printable(str(page))}", style="dim")
 
 
 def planned(data: Data) -> View:

@@ -6,7 +6,6 @@ file stays in its order and at its offsets.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from perpend.errors import GateFailed, RunFailed, UsageError
+from perpend.export.beside import PART
 from perpend.models.gguf import Layout, TensorInfo, layout
 from perpend.models.headers import read_range
-from perpend.whole import Taken, claimed, flush, name_all, occupied, partial_of
+from perpend.whole import Taken, claimed, flush, name_all, occupied, partial_of, unfinished
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _CHUNK = 8 << 20
 _STRING = 8
 _FIRST_PAIR = 24
@@ -46,7 +45,7 @@ def parts(path: Path) -> list[Path]:
     Raises:
         UsageError: a part is missing.
     """
-    found = _PART.fullmatch(path.name)
+    found = PART.fullmatch(path.name)
     if found is None:
         return [path]
     names = [f"{found['stem']}-{k:05d}-of-{found['count']}.gguf" for k in range(1, int(found["count"]) + 1)]
@@ -153,41 +152,56 @@ def _copy(source: Path, tensor: TensorInfo, file: BinaryIO) -> None:
         file.write(read_range(source, begin, min(begin + _CHUNK, tensor.begin + tensor.nbytes)))
 
 
-def require_absent(files: Sequence[Path]) -> list[Path]:
+def require_absent(files: Sequence[Path], beside: Sequence[Path] = (), *, anew: bool = True) -> list[Path]:
     """Return what files are called until they are complete.
+
+    Args:
+        files: What is to be made.
+        beside: What is to be made with it; what a killed process left of that is not in the way.
+        anew: Refuse unfinished `files`, too.
 
     Raises:
         UsageError: one of them is there already, under either name.
     """
-    partial = [partial_of(file) for file in files]
-    for path in files:
-        if path.exists():
+    for path in (*files, *beside):
+        if path.exists() and not (path in beside and unfinished(path)):
             raise UsageError("already exists", where=str(path), hint="choose another -o/--output, or remove it")
-    for path in partial:
+    partial = [partial_of(file) for file in files]
+    for path in partial if anew else ():
         if path.exists():
             raise occupied(path)
     return partial
 
 
 @contextmanager
-def appearing(files: Sequence[Path]) -> Iterator[list[Path]]:
+def appearing(files: Sequence[Path], beside: Sequence[Path] = (), *, anew: bool = True) -> Iterator[list[Path]]:
     """Give a `.partial` file for each file, empty and held for this process; name all when the block ends well.
 
     What a failure leaves is kept only if it says so: a gate that fails keeps the files for inspection.
+
+    Args:
+        files: What is made; where they are, so is all that is made with them.
+        beside: What is made with them, such as their report, named first; the block fills their `.partial` files, too.
+        anew: Refuse what a killed process left of `files`. Otherwise it is taken over, as that of `beside` always is.
 
     Raises:
         UsageError: one of them is there already, or another process is writing it.
         RunFailed: one of them appeared meanwhile.
     """
-    partial = require_absent(files)
+    partial = require_absent(files, beside, anew=anew)
     try:
         files[0].absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=str(files[0])) from None
     with ExitStack() as stack:
         for path in partial:
-            stack.enter_context(claimed(path, anew=True, kept=(GateFailed, Taken)))
+            stack.enter_context(claimed(path, anew=anew, kept=(GateFailed, Taken)))
+        for path in beside:
+            if unfinished(path):
+                path.unlink()
+            stack.enter_context(claimed(partial_of(path), anew=False, kept=(Taken,)))
         yield partial
-        for path in partial:
+        whole = [*(partial_of(path) for path in beside), *partial]
+        for path in whole:
             flush(path)
-        name_all(partial, files)
+        name_all(whole, [*beside, *files])

@@ -29,6 +29,7 @@ from perpend.core.linear import working
 from perpend.core.maps import BLOCK, Geometry, HookMap, ModuleEdit, edit_bias, edit_weight
 from perpend.core.quant import GROUP, RANGES, Cost, preserve
 from perpend.errors import RunFailed, UsageError, nearest
+from perpend.export.beside import is_report
 from perpend.export.checkpoint import INDEX, Checkpoint, files
 from perpend.export.names import Locator, TensorSlice, overlapping
 from perpend.export.staging import staged
@@ -203,7 +204,7 @@ def choose_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> tuple[list
     """Return the files to copy, as paths relative to the checkpoint, and those left out, with the reason.
 
     Left out is what would put the unedited model beside the edited one: weights in another format, and safetensors
-    files outside the checkpoint that hold an edited tensor in its original state.
+    files outside the checkpoint that hold an edited tensor in its original state. So is what was reported of it.
     """
     originals = list({patch.piece.entry.name: patch.piece.entry for patch in patches}.values())
     copies, left_out = [], {}
@@ -211,6 +212,8 @@ def choose_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> tuple[list
         name = str(path.relative_to(checkpoint.path))
         if any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS):
             left_out[name] = "unedited weights in another format"
+        elif is_report(path.name):
+            left_out[name] = "the report of the unedited model"
         elif name == INDEX and checkpoint.index is None:
             left_out[name] = "index of files that a single-file checkpoint does not use"
         elif path.suffix == ".safetensors" and name not in checkpoint.shards and _repeats(path, checkpoint, originals):

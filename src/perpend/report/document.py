@@ -9,32 +9,16 @@ import json
 import sys
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from perpend.report.part import Interval, Label, Number, Pair, Paired, Part, Rate
+from perpend.report.single import Diff, Earlier, Organism, SavedFile, Vector
 
 VERSION = 1
 """Of the layout; it rises when a key that was there changes its meaning or goes."""
 
-Number = float | None
-"""A number, or null where there is none or it is not finite."""
-Interval = tuple[Number, Number]
-"""Lower and upper bound, 95 %."""
-Label = Literal["comply", "refuse", "evade", "broken", "unknown"]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-
-class Rate(_Part):
-    """k of n with its Wilson interval."""
-
-    k: int
-    n: int
-    share: float
-    interval: Interval
-
-
-class Said(_Part):
+class Said(Part):
     """What one judge says of one reply."""
 
     label: Label
@@ -44,7 +28,7 @@ class Said(_Part):
     judge: str = ""
 
 
-class Judged(_Part):
+class Judged(Part):
     """Labels of one reply: the one that counts, and those of each judge by role."""
 
     id: str
@@ -52,7 +36,7 @@ class Judged(_Part):
     label: Label
 
 
-class Corrected(_Part):
+class Corrected(Part):
     """The rate that judges without error would have found (Rogan and Gladen 1978, Lang and Reiczigel 2014)."""
 
     share: float
@@ -64,7 +48,7 @@ class Corrected(_Part):
     not_accepted_of_others: tuple[int, int]
 
 
-class Repetition(_Part):
+class Repetition(Part):
     """Length and repetition of a set of replies."""
 
     n: int
@@ -80,7 +64,7 @@ class Repetition(_Part):
     unfinished_reasoning: Rate
 
 
-class Side(_Part):
+class Side(Part):
     """Replies to one class of prompts, judged."""
 
     kind: str
@@ -107,34 +91,21 @@ class Side(_Part):
     repetition: Repetition
 
 
-class Sides(_Part):
+class Sides(Part):
     """One model on both classes."""
 
     target: Side
     baseline: Side
 
 
-class Paired(_Part):
-    """A rate before and after on the same prompts."""
-
-    before: Rate
-    after: Rate
-    gained: int
-    lost: int
-    mcnemar_p: float
-    difference: float
-    difference_interval: Interval
-    left_out: int
-
-
-class CrossEntropy(_Part):
+class CrossEntropy(Part):
     """Cross-entropy of the untouched model's own answers, nats per token."""
 
     reference: float
     candidate: float
 
 
-class PromptKL(_Part):
+class PromptKL(Part):
     """Drift on one prompt."""
 
     index: int
@@ -142,7 +113,7 @@ class PromptKL(_Part):
     kl: float
 
 
-class Drift(_Part):
+class Drift(Part):
     """KL(untouched ‖ edited) per token over the untouched model's own answers, nats; every prompt weighs the same."""
 
     n: int
@@ -164,7 +135,7 @@ class Drift(_Part):
     per_prompt: tuple[PromptKL, ...]
 
 
-class Control(_Part):
+class Control(Part):
     """The same modules and weight factors along a random direction, at equal drift."""
 
     seed: int
@@ -183,7 +154,7 @@ class Control(_Part):
     """From the random direction to the measured one."""
 
 
-class Claim(_Part):
+class Claim(Part):
     """The verdict."""
 
     text: str
@@ -200,19 +171,7 @@ class Claim(_Part):
     broken_difference_interval: Interval
 
 
-class Pair(_Part):
-    """A prompt with its replies."""
-
-    class_: Literal["target", "baseline"] = Field(alias="class")
-    id: str
-    prompt: str
-    before: str
-    label_before: Label
-    after: str | None = None
-    label_after: Label | None = None
-
-
-class Report(_Part):
+class Report(Part):
     """Replies and drift on the report split; of a model without an edit, `before` and `pairs` alone."""
 
     before: Sides
@@ -226,12 +185,12 @@ class Report(_Part):
     """Refusals on baseline prompts."""
     drift: Drift | None = None
     control: Control | None = None
-    prompts: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, dict[str, Any]] = Field({})
     """Number and fingerprint of each set."""
     pairs: tuple[Pair, ...] = ()
 
 
-class Candidate(_Part):
+class Candidate(Part):
     """A layer that was tried; log-likelihoods per token in nats."""
 
     layer: int
@@ -242,7 +201,7 @@ class Candidate(_Part):
     drift: float
 
 
-class Choice(_Part):
+class Choice(Part):
     """The layer that was chosen."""
 
     layer: int
@@ -252,13 +211,14 @@ class Choice(_Part):
     candidates: tuple[Candidate, ...]
 
 
-class Fit(_Part):
+class Fit(Part):
     """What the fit found; lists hold one number per layer."""
 
     layer: Number
     """Layer of the direction; null where each module has that of its own."""
-    position: int
-    counts: dict[str, int]
+    position: int | None = None
+    """Token that was read, counted from the end."""
+    counts: dict[str, int] = Field({})
     diagnostics: dict[str, tuple[Number, ...]]
     raw_norm: tuple[Number, ...]
     expected_cosine: tuple[Number, ...] = ()
@@ -266,10 +226,10 @@ class Fit(_Part):
     cosines: tuple[tuple[Number, ...], ...] = ()
     """Between the directions of every two layers."""
     choice: Choice | None = None
-    modules: int
+    modules: int = 0
 
 
-class Module(_Part):
+class Module(Part):
     """A writer that is edited."""
 
     module: str
@@ -278,7 +238,7 @@ class Module(_Part):
     weight: float
 
 
-class Edit(_Part):
+class Edit(Part):
     """Weight factors of the edit."""
 
     sha256: str
@@ -286,12 +246,12 @@ class Edit(_Part):
     rank: int
     layers: int
     """Of the model."""
-    writers: int
-    """Of the model."""
+    writers: int | None = None
+    """Of the model; null where only its weights were compared."""
     modules: tuple[Module, ...]
 
 
-class Leak(_Part):
+class Leak(Part):
     """A module of the saved file: the weight factor that was asked, and the one that is there."""
 
     module: str
@@ -304,7 +264,7 @@ class Leak(_Part):
     ok: bool
 
 
-class Untouched(_Part):
+class Untouched(Part):
     """How much of the saved file is the original."""
 
     tensors: int
@@ -313,28 +273,30 @@ class Untouched(_Part):
     differing: tuple[str, ...]
 
 
-class Likelihood(_Part):
+class Likelihood(Part):
     """Mean log-likelihood per token of the same replies."""
 
     hooks: float
     file: float
 
 
-class Gate(_Part):
+class Gate(Part):
     """What the saved file says of the edit."""
 
     leak: tuple[Leak, ...]
-    untouched: Untouched
-    prompts: int
-    same_labels: int
-    same_replies: int
-    likelihood: Likelihood
+    untouched: Untouched | None = None
+    """Null where the whole file was written anew, as by a converter."""
+    prompts: int = 0
+    """On which the saved file was run; 0 where its weights alone were read."""
+    same_labels: int = 0
+    same_replies: int = 0
+    likelihood: Likelihood | None = None
     kl: Number = None
     """Mean KL(hooks ‖ saved file) per token of the same replies, nats."""
     worst: float
 
 
-class Front(_Part):
+class Front(Part):
     """A candidate of a search that no other beats on both counts, or that replied to check the score."""
 
     refusal: float
@@ -351,11 +313,11 @@ class Front(_Part):
     """Broken replies among those of `acceptance`."""
     broken_baselines: Rate | None = None
     """Broken replies to baseline prompts of the select split, of a finalist."""
-    weights: dict[str, tuple[float, ...]] = {}
+    weights: dict[str, tuple[float, ...]] = Field({})
     """Weight factor of every layer, per component."""
 
 
-class Score(_Part):
+class Score(Part):
     """One metric of one benchmark task, before and after on the same questions."""
 
     task: str
@@ -374,7 +336,7 @@ class Score(_Part):
     """Smallest difference that n questions like these would show: 80 % power, two-sided 5 %."""
 
 
-class Bench(_Part):
+class Bench(Part):
     """Benchmark tasks by lm-eval."""
 
     scores: tuple[Score, ...]
@@ -382,7 +344,7 @@ class Bench(_Part):
     """The same before and after."""
 
 
-class Model(_Part):
+class Model(Part):
     """The model that was measured or edited."""
 
     id: str
@@ -395,24 +357,24 @@ class Model(_Part):
     dtype: str
 
 
-class About(_Part):
+class About(Part):
     """Provenance."""
 
     task: str
     made: str
     """Time, ISO 8601, UTC."""
     command: str
-    recipe: str
-    """As TOML, local paths reduced to file names."""
-    recipe_hash: str
-    seed: int
-    model: Model
+    recipe: str = ""
+    """As TOML, local paths reduced to file names; empty where no recipe was asked for."""
+    recipe_hash: str = ""
+    seed: int | None = None
+    model: Model | None = None
     machine: dict[str, Any]
-    peak_memory: dict[str, int] = {}
+    peak_memory: dict[str, int] = Field({})
     """Bytes."""
 
 
-class Document(_Part):
+class Document(Part):
     """`report.json`."""
 
     schema_version: Literal[1] = 1
@@ -420,17 +382,22 @@ class Document(_Part):
     output: str | None = None
     model: str
     """As typed."""
-    prompts: dict[str, int] = {}
+    prompts: dict[str, int] = Field({})
     """Number of prompts of each set."""
     seconds: float | dict[str, float] = 0.0
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field({})
     about: About | None = None
     fit: Fit | None = None
     edit: Edit | None = None
     report: Report | None = None
-    adapter: dict[str, Any] = {}
+    adapter: dict[str, Any] = Field({})
     """Of an adapter: its rank, whether it is exact, the largest share of a module's change that it leaves out."""
     gate: Gate | None = None
+    earlier: Earlier | None = None
+    file: SavedFile | None = None
+    vector: Vector | None = None
+    diff: Diff | None = None
+    organism: Organism | None = None
     front: tuple[Front, ...] = ()
     """From `front.json` beside it."""
     bench: Bench | None = None

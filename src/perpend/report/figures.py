@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from perpend.report.document import Choice, Control, Drift, Edit, Fit, Front, Gate, Interval, Rate, Sides
+from perpend.report.document import Choice, Control, Drift, Edit, Fit, Front, Gate, Sides
+from perpend.report.part import Interval, Rate
+from perpend.report.single import Organism
 from perpend.report.svg import WIDTH, Figure, Scale, number, ticks
 
 LABELS = {"comply": "accepted", "refuse": "refused", "evade": "evaded", "broken": "broken", "unknown": "not judged"}
@@ -15,22 +17,28 @@ LEFT, RIGHT, TOP = 42.0, WIDTH - 12.0, 30.0
 PERCENT = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def acceptance(rows: Sequence[tuple[str, str, Rate]], threshold: float = 0.9) -> Markup:
+def acceptance(
+    rows: Sequence[tuple[str, str, Rate]],
+    threshold: float | None = 0.9,
+    title: str = "Acceptance rate with 95 % intervals",
+) -> Markup:
     """Show rates with intervals on one axis from 0 to 100 %, and the rate that is to be exceeded.
 
     Args:
         rows: Name, class of the mark, rate.
-        threshold: Where the line is drawn.
+        threshold: Where the line is drawn; None for no line.
+        title: What the rates are of.
     """
     height, left = 40 + 34 * len(rows) + 26, 118.0
     told = "; ".join(f"{name}: {rate.k} of {rate.n}, {rate.share:.1%}" for name, _, rate in rows)
-    figure = Figure("acceptance", "Acceptance rate with 95 % intervals", told, height)
+    figure = Figure("acceptance", title, told, height)
     x, bottom = Scale(0, 1, left, RIGHT - 12), height - 24
     for value in PERCENT:
         figure.line(x(value), 22, x(value), bottom, "grid")
         figure.text(x(value), bottom + 16, f"{value:.0%}", "tick", "middle")
-    figure.line(x(threshold), 18, x(threshold), bottom, "mark")
-    figure.text(x(threshold), 12, f"{threshold:.0%}", "tick strong", "middle")
+    if threshold is not None:
+        figure.line(x(threshold), 18, x(threshold), bottom, "mark")
+        figure.text(x(threshold), 12, f"{threshold:.0%}", "tick strong", "middle")
     for k, (name, cls, rate) in enumerate(rows):
         y = 42 + 34 * k
         low, high = _bounds(rate.interval)
@@ -269,4 +277,19 @@ def drifts(drift: Drift, control: Control | None) -> Markup:
         low, high = (d.mean if v is None else v for v in d.interval)
         figure.line(x(low), y + 8, x(high), y + 8, f"reach {cls}")
         figure.add("circle", cx=x(d.mean), cy=y + 8, r=6, cls=f"dot {cls}", hover=f"mean {d.mean:.4f}")
+    return figure.svg()
+
+
+def losses(made: Organism) -> Markup:
+    """Show the loss of a training over its steps."""
+    values = [math.nan if v is None else v for v in made.losses]
+    known, height = [v for v in values if math.isfinite(v)], 220.0
+    bottom, steps = height - 42, max(2, made.steps or len(values))
+    x, y = Scale(1, steps, LEFT, RIGHT), Scale(0, max(known, default=1.0) * 1.05 or 1.0, bottom, TOP)
+    told = f"{made.loss[0]:.3g} at first, {made.loss[1]:.3g} at last, {steps} steps"
+    figure = Figure("losses", "Loss by step", told, height)
+    figure.grid_y(y, ticks(0, y.high), LEFT, RIGHT, ".3g", "")
+    figure.grid_x(x, [v for v in ticks(1, steps) if v == round(v)], TOP, bottom, ".0f", "step")
+    between = (steps - 1) / max(1, len(values) - 1)
+    figure.path([(x(1 + k * between), y(v) if math.isfinite(v) else v) for k, v in enumerate(values)], "line s0")
     return figure.svg()

@@ -16,7 +16,10 @@ from perpend._version import __version__
 from perpend.errors import UsageError
 from perpend.escape import on_page
 from perpend.report import figures
-from perpend.report.document import Document, Drift, Fit, Interval, Report, Side
+from perpend.report.changes import by_kind
+from perpend.report.document import Document, Drift, Fit, Report, Side
+from perpend.report.part import Interval
+from perpend.report.single import Organism
 
 QUESTIONS = {
     "run": "What one edit did to",
@@ -26,6 +29,10 @@ QUESTIONS = {
     "adapter": "An edit as an adapter of",
     "bench": "Benchmarks before and after an edit of",
     "search": "What a search found in",
+    "export_gguf": "A GGUF file of an edit of",
+    "vector": "A control vector for",
+    "diff": "What was done to",
+    "organism": "A model that was taught to refuse:",
 }
 
 
@@ -47,8 +54,13 @@ def read(data: Mapping[str, Any], where: str) -> Document:
         raise UsageError(f"not a report: {key}: {first['msg']}", where=where) from None
 
 
-def render(document: Document) -> str:
-    """Return the page of a document."""
+def render(document: Document, report_name: str = "report.json") -> str:
+    """Return the page of a document.
+
+    Args:
+        document: What it shows.
+        report_name: What the JSON beside it is called.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -68,12 +80,17 @@ def render(document: Document) -> str:
         "size": units.size,
         "clock": units.seconds,
     }
+    report, about = document.report, document.about
     style, script = (_asset(name) for name in ("report.css", "report.js"))
     return environment.get_template("report.html.jinja").render(
         d=document,
-        r=document.report,
+        r=report,
+        replied=report.pairs if report else document.organism.pairs if document.organism else (),
         question=QUESTIONS.get(document.task, "A report on"),
-        name=document.about.model.id if document.about else document.model.rstrip("/").rpartition("/")[2],
+        name=about.model.id if about and about.model else document.model.rstrip("/").rpartition("/")[2],
+        used="vector" if document.vector else "edit",
+        kinds=by_kind([change.model_dump() for change in document.diff.changes]) if document.diff else (),
+        report_name=report_name,
         names=figures.LABELS,
         figures=drawn(document),
         matrices=matrices(document),
@@ -113,6 +130,11 @@ def drawn(document: Document) -> dict[str, Markup]:
     found: dict[str, Markup] = {**_of_replies(document.report), **_of_fit(document.fit)}
     if document.edit and document.edit.modules:
         found["schedule"] = figures.schedule(document.edit, document.gate)
+    if document.earlier:
+        paired = document.earlier.accepted
+        found["earlier"] = figures.acceptance([("before", "before", paired.before), ("after", "after", paired.after)])
+    if document.organism:
+        found |= _of_organism(document.organism)
     if document.front:
         found["front"] = figures.front(document.front)
         found["schedules"] = figures.schedules(document.front)
@@ -143,6 +165,13 @@ def _of_fit(fit: Fit | None) -> dict[str, Markup]:
     if fit.choice and fit.choice.candidates:
         found["tried"] = figures.tried(fit.choice)
     return found
+
+
+def _of_organism(made: Organism) -> dict[str, Markup]:
+    kinds = {"target prompts": ("after", made.refused_targets), "baseline prompts": ("before", made.refused_baselines)}
+    rows = [(name, cls, rate) for name, (cls, rate) in kinds.items() if rate.n]
+    found = {"refused": figures.acceptance(rows, threshold=None, title="Prompts refused, with 95 % intervals")}
+    return found | ({"losses": figures.losses(made)} if len(made.losses) > 1 else {})
 
 
 def matrices(document: Document) -> list[dict[str, Any]]:

@@ -6,57 +6,116 @@ import datetime
 import os
 import platform
 import resource
+import shlex
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from perpend.config import Machine, Recipe, to_toml
 from perpend.core.edits import Edit
 from perpend.models.anatomy import Anatomy
 from perpend.models.session import Session
-from perpend.tasks.portable import without_folders
+from perpend.refs import ModelRef
+from perpend.tasks.portable import named, without_folders
 from perpend.tasks.recipes import RECIPE, pinned
 
-Task = Literal["run", "search", "fit", "apply", "adapter", "eval", "bench"]
+Task = Literal[
+    "run",
+    "search",
+    "fit",
+    "apply",
+    "adapter",
+    "eval",
+    "bench",
+    "export_gguf",
+    "vector",
+    "diff",
+    "organism",
+]
 
 
-def about(task: Task, session: Session, recipe: Recipe, machine: Machine) -> dict[str, Any]:
+def about(task: Task, session: Session, recipe: Recipe, machine: Machine, command: str = "") -> dict[str, Any]:
     """Return what decides a result, as plain JSON values; to be asked while the model is in memory.
 
     Local paths are reduced to the names of their files, since a report travels.
+
+    Args:
+        task: What was done.
+        session: The model.
+        recipe: What was asked.
+        machine: How it was run.
+        command: What to type to have it again, where that is more than the recipe.
     """
-    source, ref = session.loaded.source, session.loaded.ref
-    shown = without_folders(pinned(recipe, session.loaded))
-    parameters = list(session.model.parameters())
+    source, loaded = session.loaded.source, session.loaded
+    weights = list(session.model.parameters())
+    model = model_facts(
+        loaded.ref, source.revision, session.anatomy, weights, str(weights[0].dtype).removeprefix("torch.")
+    )
+    found = origin(task, command or _COMMANDS[task], pinned(recipe, loaded), model)
+    own: dict[str, Any] = {
+        "engine": session.engine,
+        "device": _device(session.device),
+        "batch_size": machine.batch_size,
+    }
+    return found | {"recipe_hash": recipe.hash(), "machine": own | found["machine"] | {"device": own["device"]}}
+
+
+def origin(
+    task: Task, command: str, recipe: Recipe | None = None, model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what decides a result that no model was run for, as plain JSON values.
+
+    Args:
+        task: What was done.
+        command: What to type to have it again.
+        recipe: What was asked, where that was a recipe.
+        model: What `model_facts` says of the model, where it is known.
+    """
+    asked = {}
+    if recipe is not None:
+        shown = to_toml(without_folders(recipe).model_dump(mode="json"))
+        asked = {"recipe": shown, "recipe_hash": recipe.hash(), "seed": recipe.seed}
     return {
         "task": task,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": _COMMANDS[task],
-        "recipe": to_toml(shown.model_dump(mode="json")),
-        "recipe_hash": recipe.hash(),
-        "seed": recipe.seed,
-        "model": {
-            "id": ref.title,
-            "kind": ref.kind,
-            "revision": source.revision,
-            "architecture": session.anatomy.architecture,
-            "parameters": sum(p.numel() for p in parameters),
-            "layers": session.n_layers,
-            "hidden_size": session.hidden_size,
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        },
+        "command": command,
+        **asked,
+        **({"model": dict(model)} if model else {}),
         "machine": {
-            "engine": session.engine,
-            "device": _device(session.device),
-            "batch_size": machine.batch_size,
+            "device": "cpu",
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory": psutil.virtual_memory().total,
         },
     }
+
+
+def model_facts(
+    ref: ModelRef, revision: str | None, anatomy: Anatomy, weights: Iterable[Tensor], dtype: str
+) -> dict[str, Any]:
+    """Return what a model is, as plain JSON values; its weights may be without numbers."""
+    return {
+        "id": ref.title,
+        "kind": ref.kind,
+        "revision": revision,
+        "architecture": anatomy.architecture,
+        "parameters": sum(weight.numel() for weight in weights),
+        "layers": anatomy.n_layers,
+        "hidden_size": anatomy.hidden_size,
+        "dtype": dtype,
+    }
+
+
+def typed(*words: str | Path | None) -> str:
+    """Return a command as it is typed, with the names of local files instead of their folders."""
+    shown = (named(str(word)) for word in words if word is not None)
+    return "perpend " + " ".join(shlex.quote(word) for word in shown)
 
 
 _COMMANDS: dict[Task, str] = {

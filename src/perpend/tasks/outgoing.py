@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from perpend.config import Recipe, load, read_toml, to_toml
 from perpend.errors import UsageError
+from perpend.export.beside import is_report
 from perpend.export.card import CARD
 from perpend.refs import ModelRef
-from perpend.tasks.pages import PAGE, REPORT
 from perpend.tasks.portable import without_folders
 from perpend.tasks.recipes import RECIPE
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-REPLIES = (PAGE, REPORT, "before.jsonl", "after.jsonl")
-"""Files that hold prompts and replies."""
+REPLIES = ("before.jsonl", "after.jsonl")
+"""Files that hold prompts and replies, as reports do."""
 PARTS = (
     CARD,
     RECIPE,
@@ -93,9 +93,10 @@ def choose(folder: Path, with_replies: bool) -> tuple[list[Sent], list[Kept]]:
         )
     sent, kept = [], []
     for path, name in _files(folder):
-        if path.name in REPLIES and not with_replies:
+        replies = path.name in REPLIES or is_report(path.name)
+        if replies and not with_replies:
             kept.append(Kept(name, "holds prompts and replies: --with-replies"))
-        elif path.name not in REPLIES and not any(fnmatchcase(path.name, pattern) for pattern in PARTS):
+        elif not replies and not any(fnmatchcase(path.name, pattern) for pattern in PARTS):
             kept.append(Kept(name, "no part of a model"))
         else:
             data = _recipe(path) if path.name == RECIPE else None

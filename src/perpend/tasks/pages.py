@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from perpend.errors import UsageError
+from perpend.export.beside import PAGE, REPORT, pages_of, report_of
 from perpend.report.document import VERSION
 from perpend.report.page import read, render
 from perpend.tasks.output import replace_text, to_text
+from perpend.whole import partial_of
 
-REPORT, PAGE = "report.json", "report.html"
 BESIDE = {"front": "front.json", "bench": "bench.json"}
 """Parts of a report that other tasks leave in the folder of a run."""
 HELD = {"demo.json": "run"}
@@ -37,40 +38,73 @@ class WrittenPage:
 
 def put(folder: Path, data: Mapping[str, Any]) -> None:
     """Write `report.json` and `report.html` into a folder that is being made."""
-    text = to_text({"schema_version": VERSION, **data})
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    text = _text(data)
+    (folder / REPORT).write_text(text, encoding="utf-8")
     page = render(read(gathered(json.loads(text), folder), REPORT))
     (folder / PAGE).write_text(page, encoding="utf-8")
+
+
+def put_beside(output: Path, data: Mapping[str, Any]) -> None:
+    """Write the report of a file that is being made: into the `.partial` files that appear with it."""
+    report, page = pages_of(output)
+    text = _text(data)
+    partial_of(report).write_text(text, encoding="utf-8")
+    partial_of(page).write_text(render(read(json.loads(text), report.name), report.name), encoding="utf-8")
+
+
+def names_beside(output: Path) -> tuple[str, str]:
+    """Return the names of the report of an output that is one file, as a result lists them."""
+    report, page = pages_of(output)
+    return str(report), str(page)
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return to_text({"schema_version": VERSION, **data}) + "\n"
 
 
 def write_report(folder: Path, *, output: Path | None = None, dry_run: bool = False) -> WrittenPage:
     """Make the page of a result again, from the JSON that lies beside it; nothing is measured.
 
     Args:
-        folder: What `run`, `fit`, `apply`, `eval`, `bench` or `demo` made.
-        output: File to write; `report.html` in the folder by default, where an older one is replaced.
+        folder: What a command made: a folder, or a file such as `OUT.gguf`; or its `report.json`.
+        output: File to write; the page beside that JSON by default, where an older one is replaced.
         dry_run: Only make the page, and do not write it.
 
     Raises:
-        UsageError: no such folder, no report in it, or a report that cannot be read.
+        UsageError: no such output, no report of it, or a report that cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError("no such folder", where=str(folder), valid="the output of an earlier command")
-    name = next((n for n in (REPORT, *HELD, BESIDE["bench"]) if (folder / n).is_file()), None)
-    if name is None:
-        hint = "perpend eval MODEL --edit EDIT -o OUT"
-        raise UsageError("holds no report", where=str(folder), valid=f"a folder with {REPORT}", hint=hint)
-    data = _json(folder / name)
-    held = data.get(HELD[name]) if name in HELD and isinstance(data, dict) else data
+    path = _report(Path(folder))
+    data = _json(path)
+    held = data.get(HELD[path.name]) if path.name in HELD and isinstance(data, dict) else data
     if not isinstance(held, dict):
-        raise UsageError("not a report: it holds no keys", where=str(folder / name))
-    document = read(gathered(held, folder), str(folder / name))
-    path = Path(output) if output is not None else folder / PAGE
-    text = render(document)
+        raise UsageError("not a report: it holds no keys", where=str(path))
+    alone = path.name.endswith(f".{REPORT}")
+    document = read(held if alone else gathered(held, path.parent), str(path))
+    page = path.with_name(path.name.removesuffix(REPORT) + PAGE) if alone else path.with_name(PAGE)
+    page = page if output is None else Path(output)
+    text = render(document, path.name if alone else REPORT)
     if not dry_run:
-        replace_text(path, text)
-    return WrittenPage(str(path), document.task, len(text.encode()), dry_run)
+        replace_text(page, text)
+    return WrittenPage(str(page), document.task, len(text.encode()), dry_run)
+
+
+def _report(given: Path) -> Path:
+    """Return the JSON that a page is made from.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = report_of(given)
+    if found is not None:
+        return found
+    other = next((given / name for name in (*HELD, BESIDE["bench"]) if (given / name).is_file()), None)
+    if other is not None:
+        return other
+    if not given.exists():
+        raise UsageError("no such folder or file", where=str(given), valid="the output of an earlier command")
+    hint = "perpend eval MODEL --edit EDIT -o OUT"
+    valid = f"a folder with {REPORT}" if given.is_dir() else f"a file with {given.name}.{REPORT} beside it"
+    raise UsageError("holds no report" if given.is_dir() else "has no report", where=str(given), valid=valid, hint=hint)
 
 
 def gathered(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

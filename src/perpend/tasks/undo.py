@@ -9,6 +9,7 @@ from typing import Any
 
 from perpend.config import Machine, Recipe
 from perpend.errors import UsageError
+from perpend.export.beside import is_report
 from perpend.export.checkpoint import Checkpoint, files
 from perpend.export.shards import plan
 from perpend.export.undo import REPLACED, UNDO, invert_files, require_invertible, restore
@@ -18,12 +19,11 @@ from perpend.models.load import load_model
 from perpend.refs import ModelRef
 from perpend.tasks.gguf import is_gguf
 from perpend.tasks.output import appearing, require_free, require_no_partial
-from perpend.tasks.pages import PAGE, REPORT
 from perpend.tasks.recipes import DIRECTIONS, EDIT, RECIPE, beside, find_edit
 from perpend.tasks.space import require_room
 
-ADDED = (EDIT, DIRECTIONS, RECIPE, REPORT, PAGE, UNDO)
-"""Files that an output has beside what it copied."""
+ADDED = (EDIT, DIRECTIONS, RECIPE, UNDO)
+"""Files that an output has beside what it copied, and its report."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def take_back(source: str | Path, *, output: Path, machine: Machine | None = Non
     here = [str(path.relative_to(folder)) for path in files(folder)]
     missing = {name: "written anew by the edit" for name in REPLACED if name in here}
     with appearing(output) as partial:
-        invert_files(folder, patches, partial, [name for name in here if name not in (*ADDED, *missing)])
+        invert_files(folder, patches, partial, [n for n in here if n not in (*ADDED, *missing) and not is_report(n)])
     tensors = len({patch.piece.entry.name for patch in patches})
     return Undone(str(output), str(folder), False, tensors, growth, missing, _since(started))
 

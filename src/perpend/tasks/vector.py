@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from perpend import __version__
 from perpend.core.directions import Directions
+from perpend.core.reliability import cosines, expected_cosine
 from perpend.errors import UsageError
+from perpend.export.beside import REPORT, pages_of
 from perpend.export.control_vector import shifts, write_control_vector
 from perpend.export.gguf_file import appearing, require_absent
-from perpend.tasks.pages import REPORT
+from perpend.report.document import Document
+from perpend.tasks.about import origin, typed
+from perpend.tasks.earlier import read_report
+from perpend.tasks.pages import names_beside, put_beside
 from perpend.tasks.recipes import DIRECTIONS
+from perpend.tasks.setup import versions
 
 
 @dataclass(frozen=True)
@@ -26,19 +37,22 @@ class Vector:
     norms: tuple[float, ...]
     """Length of what each adds."""
     bytes: int
+    pages: tuple[str, ...]
+    """Its report, beside it."""
     dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"task": "vector", **asdict(self), "layers": list(self.layers), "norms": list(self.norms)}
+        lists = {name: list(getattr(self, name)) for name in ("layers", "norms", "pages")}
+        return {"task": "vector", **asdict(self), **lists}
 
 
 def vector(source: str | Path, *, output: str | Path, layers: str | None = None, dry_run: bool = False) -> Vector:
-    """Write the control vector of a fit as a GGUF file for llama.cpp; no model is loaded.
+    """Write the control vector of a fit as a GGUF file for llama.cpp, and its report; no model is loaded.
 
     Args:
         source: What `fit` made: the folder, or its `directions.safetensors`.
-        output: File to make.
+        output: File to make; `OUTPUT.report.json` and `OUTPUT.report.html` come with it.
         layers: `18` or `12-20`, counted from 0; by default the layer that the fit chose.
         dry_run: Only say what would be written.
 
@@ -46,7 +60,7 @@ def vector(source: str | Path, *, output: str | Path, layers: str | None = None,
         UsageError: no directions there, layers that are not, or an output that exists.
         MissingExtra: the gguf package is not installed.
     """
-    given, output = Path(source), Path(output)
+    started, given, output = time.monotonic(), Path(source), Path(output)
     path = given / DIRECTIONS if given.is_dir() else given
     if not path.is_file():
         raise UsageError(f"no {DIRECTIONS}", where=str(given), hint="perpend fit MODEL -o fit")
@@ -54,13 +68,59 @@ def vector(source: str | Path, *, output: str | Path, layers: str | None = None,
     span = _span(layers) if layers is not None else _chosen(path.parent / REPORT, directions.n_layers)
     made = shifts(directions, span)
     norms = tuple(round(float(v.norm()), 4) for v in made.values())
+    pages = pages_of(output)
+    planned = Vector(str(output), tuple(made), norms, 0, names_beside(output), True)
     if dry_run:
-        require_absent([output])
-        return Vector(str(output), tuple(made), norms, 0, True)
+        require_absent([output], pages)
+        return planned
     about = {"general.name": f"{output.stem}", "perpend.version": __version__, "perpend.method": directions.method}
-    with appearing([output]) as (partial,):
+    with appearing([output], pages) as (partial,):
         size = write_control_vector(partial, made, hint=_model(directions), about=about)
-    return Vector(str(output), tuple(made), norms, size)
+        command = typed("vector", given, "-o", output.name, *(["--layers", layers] if layers is not None else []))
+        took = round(time.monotonic() - started, 1)
+        put_beside(output, _report(directions, made, size, command, path.parent) | {"seconds": took})
+    return replace(planned, bytes=size, dry_run=False)
+
+
+def _report(
+    directions: Directions, made: Mapping[int, Tensor], size: int, command: str, folder: Path
+) -> dict[str, Any]:
+    """Return what the report says: the vector, the directions, and of the fit beside them what fits to them."""
+    raw = directions.raw_norm.tolist()
+    beside = read_report(folder / REPORT)
+    fitted = beside if beside is not None and beside.fit is not None and _same(beside.fit.raw_norm, raw) else None
+    layer = next(iter(made)) if len(made) == 1 else None
+    own = {
+        "position": directions.provenance.get("position"),
+        "diagnostics": dict(directions.diagnostics),
+        "raw_norm": raw,
+        "expected_cosine": [expected_cosine(c) for c in directions.diagnostics.get("split_half_cosine", ())],
+        "cosines": cosines(directions.vectors),
+    }
+    of_fit = fitted.fit.model_dump(mode="json", include={"counts", "choice"}) if fitted and fitted.fit else {}
+    moves = [{"layer": n, "norm": float(v.norm()), "apart": raw[n]} for n, v in made.items()]
+    return {
+        "task": "vector",
+        "model": _model(directions) or folder.name,
+        "versions": versions(),
+        "about": origin("vector", command) | _of_model(fitted),
+        "fit": of_fit | own | {"layer": layer},
+        "vector": {"method": directions.method, "rank": directions.rank, "bytes": size, "shifts": moves},
+    }
+
+
+def _same(one: tuple[float | None, ...], other: list[float]) -> bool:
+    """Say whether a report is of these directions, by the lengths of their mean differences."""
+    return len(one) == len(other) and all(
+        a is not None and math.isclose(a, b, rel_tol=1e-6) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _of_model(fitted: Document | None) -> dict[str, Any]:
+    """Return which model the directions were measured in, and by which recipe."""
+    if fitted is None or fitted.about is None:
+        return {}
+    return fitted.about.model_dump(mode="json", include={"model", "recipe", "recipe_hash", "seed"}, exclude_unset=True)
 
 
 def _model(directions: Directions) -> str:
