@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import pico
 from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.errors import RunFailed, UsageError
-from perpend.models import memory, places
+from perpend.models import memory, offload, places
 from perpend.models.load import load_model
 from perpend.models.memory import release
 from perpend.models.offload import Unit
@@ -78,6 +79,19 @@ def test_all_batches_share_one_reading_of_the_files(both) -> None:
     assert size <= counts[0] < 2 * size
     assert size <= counts[1] < 2 * size  # ten batches of two; beside the layers, the rows of the embedding
     assert sum(any(not p.is_meta for p in u.module.parameters()) for u in away.shelf.units if isinstance(u, Unit)) <= 1
+
+
+def test_garbage_is_collected_only_where_a_graph_may_hold_a_layer(both, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, calls = both("llama")[1], list[int]()
+    list(away.capture(PROMPTS))  # the first looks into the model, with gradients
+    monkeypatch.setattr(offload, "gc", SimpleNamespace(collect=lambda: calls.append(1)))
+    away.generate(PROMPTS, max_new_tokens=4)
+    list(away.capture(PROMPTS))
+    away.log_likelihood(PROMPTS, TAILS)
+    assert not calls  # on a small model each would take as long as hundreds of layers
+    for batch in away.batches(PROMPTS, TAILS):
+        away.logits(batch)
+    assert calls
 
 
 def test_drawing_depends_on_the_seed_and_not_on_who_travels_along(both) -> None:

@@ -272,6 +272,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------- generate
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
