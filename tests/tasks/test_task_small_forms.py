@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -165,6 +166,27 @@ def test_several_layers_share_what_is_added(fitted: Path, tmp_path: Path, capsys
     assert set(shared) == {"direction.1", "direction.2"}
     torch.testing.assert_close(torch.tensor(shared["direction.2"] * 2), torch.tensor(alone.data))
     assert one.layers == (2,)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("v.txt", "v.gguf"), ("v", "v.gguf"), ("v.gguf.bin", "v.gguf.gguf")])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_control_vector_is_a_file_of_that_name(
+    fitted: Path, tmp_path: Path, name: str, hint: str, dry_run: bool
+) -> None:
+    message = f"{name}: not the name of a GGUF file; valid: NAME.gguf; try: -o {tmp_path / hint}"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        perpend.vector(fitted, output=tmp_path / name, dry_run=dry_run)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        perpend.export_gguf(fitted, output=tmp_path / name, dry_run=dry_run)
+    assert names(tmp_path) == set()
+
+
+def test_an_adapter_is_no_gguf_file(fitted: Path, tmp_path: Path) -> None:
+    message = f"a.GGUF: the name of a GGUF file, and a folder is made; try: -o {tmp_path / 'a'}"
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            perpend.adapter(fitted / "recipe.toml", output=tmp_path / "a.GGUF", machine=MACHINE, dry_run=dry_run)
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize(

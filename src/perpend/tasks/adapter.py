@@ -18,6 +18,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.forecast import Planned, forecast
+from perpend.tasks.gguf import require_folder
 from perpend.tasks.output import appearing, require_free, require_no_partial
 from perpend.tasks.pages import put
 from perpend.tasks.recipes import EDIT, pinned, write_recipe
@@ -76,6 +77,7 @@ def adapter(
     """
     started, output = time.monotonic(), Path(output)
     source, recipe, machine = asked_of_source(adapter, AdapterOptions, options, source, recipe, machine)
+    require_folder(output)
     require_free(output)
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)

@@ -26,7 +26,7 @@ from perpend.options.asked import path_of
 from perpend.progress import note
 from perpend.tasks.checkpoints import checkpoint_of
 from perpend.tasks.gate import require_untouched
-from perpend.tasks.gguf import is_gguf, provenance
+from perpend.tasks.gguf import provenance, require_gguf
 from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.recipes import RECIPE, Written, read_recipe
 
@@ -99,8 +99,7 @@ def export_gguf(
     """
     started, source, output = time.monotonic(), Path(source), Path(output)
     base, llama_cpp = path_of(base), path_of(llama_cpp)
-    if not is_gguf(output):
-        raise UsageError("not the name of a GGUF file", where=str(output), valid="NAME.gguf")
+    require_gguf(output)
     require_free(output)
     require_no_partial(output)
     if not (source / RECIPE).is_file():

@@ -36,6 +36,28 @@ def is_gguf(output: Path) -> bool:
     return output.suffix.lower() == SUFFIX
 
 
+def require_gguf(output: Path) -> None:
+    """Refuse a name that no GGUF file has.
+
+    Raises:
+        UsageError: it does not end in .gguf.
+    """
+    if not is_gguf(output):
+        hint = f"-o {output.with_suffix(SUFFIX)}" if output.name.strip(".") else "-o NAME.gguf"
+        raise UsageError("not the name of a GGUF file", where=str(output), valid="NAME.gguf", hint=hint)
+
+
+def require_folder(output: Path) -> None:
+    """Refuse the name of a GGUF file for an output that is a folder.
+
+    Raises:
+        UsageError: it ends in .gguf.
+    """
+    if is_gguf(output):
+        hint = f"-o {output.with_suffix('')}"
+        raise UsageError("the name of a GGUF file, and a folder is made", where=str(output), hint=hint)
+
+
 def require_roundable(recipe: Recipe, output: Path | None = None) -> None:
     """Refuse an export that must be taken back bit for bit and cannot be: one of codes, or rounded for them.
 

@@ -22,6 +22,7 @@ from perpend.export.gguf_file import appearing, require_absent
 from perpend.report.document import Document
 from perpend.tasks.about import origin, typed
 from perpend.tasks.earlier import read_report
+from perpend.tasks.gguf import require_gguf
 from perpend.tasks.pages import names_beside, put_beside
 from perpend.tasks.recipes import DIRECTIONS
 from perpend.tasks.setup import versions
@@ -52,15 +53,16 @@ def vector(source: str | Path, *, output: str | Path, layers: str | None = None,
 
     Args:
         source: What `fit` made: the folder, or its `directions.safetensors`.
-        output: File to make; `OUTPUT.report.json` and `OUTPUT.report.html` come with it.
+        output: File to make, NAME.gguf; `OUTPUT.report.json` and `OUTPUT.report.html` come with it.
         layers: `18` or `12-20`, counted from 0; by default the layer that the fit chose.
         dry_run: Only say what would be written.
 
     Raises:
-        UsageError: no directions there, layers that are not, or an output that exists.
+        UsageError: no directions there, layers that are not, or an output that exists or is no NAME.gguf.
         MissingExtra: the gguf package is not installed.
     """
     started, given, output = time.monotonic(), Path(source), Path(output)
+    require_gguf(output)
     path = given / DIRECTIONS if given.is_dir() else given
     if not path.is_file():
         raise UsageError(f"no {DIRECTIONS}", where=str(given), hint="perpend fit MODEL -o fit")
