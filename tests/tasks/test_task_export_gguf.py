@@ -14,9 +14,10 @@ import torch
 from task_cases import MACHINE, a_recipe
 
 pytest.importorskip("gguf")
-sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
+sys.path.extend(str(Path(__file__).parent.parent / name) for name in ("export", "report"))
 
 import gguf
+from beside import sound
 from export_cases import an_edit, load, logits
 from gguf_cases import save_wide, write_gguf
 
@@ -38,6 +39,9 @@ assert sys.argv[2] == "--outfile" and sys.argv[4] == "--outtype"
 shutil.copy(pathlib.Path(__file__).with_name(sys.argv[5] + ".gguf"), sys.argv[3])
 """
 """A stand-in for llama.cpp's converter: its arguments, and files that were made before."""
+
+
+PAGES = ["out.gguf.report.html", "out.gguf.report.json"]
 
 
 class Case:
@@ -93,7 +97,57 @@ def test_the_types_of_the_base_stay_and_the_edit_is_kept_on_its_lattice(case, tm
     assert max(row.miss for row in made.leak) < 0.02
     assert made.rounding["type"] == "q4_0"
     assert new.fields["perpend.base"].contents() == "hf"
-    assert sorted(p.name for p in tmp_path.glob("*.gguf*")) == ["base.gguf", "out.gguf"]
+    assert sorted(p.name for p in tmp_path.glob("*.gguf*")) == ["base.gguf", "out.gguf", *PAGES]
+
+
+def test_the_report_of_a_copy_says_its_types_its_base_and_every_weight_factor(case, tmp_path, capsys):
+    asked = ["export", "gguf", str(tmp_path / "out"), "-o", str(tmp_path / "out.gguf"), "--base", str(case.base)]
+    assert main([*asked, "--dry-run", "--json"]) == 0
+    pages = [str(tmp_path / f"out.gguf.report.{kind}") for kind in ("json", "html")]
+    assert json.loads(capsys.readouterr().out)["pages"] == pages
+    assert not list(tmp_path.glob("out.gguf*"))
+    assert main([*asked, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    data, page = sound(tmp_path / "out.gguf")
+    assert data["gate"]["leak"] == made["leak"]
+    assert data["gate"]["untouched"] == made["untouched"]
+    assert data["file"]["types"] == made["types"]
+    assert data["file"]["rounding"] == made["rounding"]
+    assert (data["file"]["base"], data["file"]["names"]) == ("base.gguf", ["out.gguf"])
+    assert data["file"]["bytes"] == (tmp_path / "out.gguf").stat().st_size
+    assert data["about"]["command"] == "perpend export gguf out -o out.gguf --base base.gguf"
+    assert (data["about"]["model"]["id"], data["about"]["model"]["dtype"]) == ("hf", "Q4_0")
+    assert page.count("<tr><td><code>model.layers.") == len(made["leak"])
+    for said in ("Proven by its weights alone", "everything else from</dt><dd>base.gguf", "so that the edit is kept"):
+        assert said in page
+    assert f"{made['untouched']['tensors']} other tensors and all metadata are byte-equal to the base’s" in page
+    (tmp_path / "out.gguf").unlink()
+    assert main(asked) == 2
+    assert "out.gguf.report.json: already exists" in capsys.readouterr().err
+
+
+def test_a_report_goes_on_with_what_the_output_said_of_its_fit_and_its_replies(pico_dir, tmp_path):
+    recipe = a_recipe(tmp_path, export={"gate_prompts": 0})
+    model = write_gguf("llama", load(save_wide("llama", tmp_path / "hf")), tmp_path / "base.gguf", "F32")
+    run = perpend.run(str(tmp_path / "hf"), output=tmp_path / "out", recipe=recipe, machine=MACHINE)
+    given = {"edit": tmp_path / "out", "recipe": recipe, "machine": MACHINE}
+    perpend.export_gguf(tmp_path / "out", output=tmp_path / "one.gguf", base=model)
+    perpend.apply(str(model), output=tmp_path / "two.gguf", **given)
+    perpend.apply(str(tmp_path / "hf"), output=tmp_path / "three", **given)
+    perpend.export_gguf(tmp_path / "three", output=tmp_path / "four.gguf", base=model)
+    whole = json.loads((tmp_path / "out" / "report.json").read_text())
+    for name in ("one.gguf", "two.gguf", "three", "four.gguf"):
+        data, page = sound(tmp_path / name)
+        assert data["earlier"]["accepted"] == whole["report"]["accepted"], name
+        assert data["earlier"]["drift"]["mean"] == run.report.drift.mean
+        assert (data["earlier"]["task"], data["earlier"]["model"]) == ("run", "hf")
+        assert data["fit"]["diagnostics"] == whole["fit"]["diagnostics"]
+        assert "It was not measured again here" in page
+        assert "Separation by layer" in page
+        assert "prompt" not in json.dumps(data["earlier"])
+    (tmp_path / "out" / "report.json").write_text("{")
+    perpend.export_gguf(tmp_path / "out", output=tmp_path / "five.gguf", base=model)
+    assert "earlier" not in sound(tmp_path / "five.gguf")[0]
 
 
 def test_the_file_of_another_model_is_no_base(case, tmp_path):
@@ -117,7 +171,7 @@ def test_the_converter_is_called_and_its_file_proven(case, tmp_path, capsys):
     assert "Weight factors on the saved file" in shown.out
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert "perpend.recipe" in fields
-    assert sorted(p.name for p in tmp_path.iterdir() if "gguf" in p.name) == ["base.gguf", "out.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir() if "gguf" in p.name) == ["base.gguf", "out.gguf", *PAGES]
 
 
 def test_a_converted_file_that_is_not_the_edit_stays_partial(case, tmp_path):
@@ -134,6 +188,11 @@ def test_q4_0_is_made_by_the_quantiser_from_bf16(case, tmp_path):
     binary.chmod(0o755)
     made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", type="q4_0", llama_cpp=folder)
     assert len(made.commands) == 2
+    data, page = sound(tmp_path / "out.gguf")
+    assert data["file"]["commands"][1] == f"{tools.QUANTISER} .out.gguf.converted.bf16 .out.gguf.converted q4_0"
+    assert f"{tools.QUANTISER} .out" in page
+    assert "untouched" not in data["gate"]
+    assert "Nothing else changed" not in page
     assert (folder / "asked").read_text() == "q4_0\n"
     assert made.leak
     binary.write_text("#!/bin/sh\necho it is broken >&2\nexit 3\n")
@@ -202,6 +261,9 @@ def test_a_missing_original_leaves_the_weight_factors_unmeasured(case, tmp_path,
     made = perpend.export_gguf(tmp_path / "out", output=tmp_path / "out.gguf", llama_cpp=case.llama_cpp())
     assert made.leak == ()
     assert "the original is not here" in told[-1]
+    data, page = sound(tmp_path / "out.gguf")
+    assert "gate" not in data
+    assert "The weight factors were not measured" in page
 
 
 def test_what_cannot_be_is_refused(case, tmp_path):

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from task_cases import MACHINE, a_recipe
 
 pytest.importorskip("gguf")
-sys.path.insert(0, str(Path(__file__).parent.parent / "export"))
+sys.path.extend(str(Path(__file__).parent.parent / name) for name in ("export", "report"))
 
 import gguf
+from beside import sound
 from export_cases import an_edit, load
 from gguf_cases import save_wide, write_gguf
 
 import perpend.tasks.gguf
+from perpend.cli.main import main
 from perpend.errors import GateFailed, UsageError
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import load_model
 from perpend.tasks.apply import apply
+from perpend.tasks.output import to_text
+from perpend.tasks.pages import write_report
 
 
 @pytest.fixture
@@ -50,6 +56,39 @@ def test_the_file_passes_its_gate_and_says_where_it_came_from(case, tmp_path):
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
+def test_the_report_beside_the_file_says_what_the_command_returned(case, tmp_path, capsys):
+    source, file, recipe, edit = case
+    asked = recipe.model_copy(update={"export": recipe.export.model_copy(update={"rounding": "nearest"})})
+    given = {"edit": file, "output": tmp_path / "out.gguf", "recipe": asked, "machine": MACHINE}
+    pages = tuple(str(tmp_path / f"out.gguf.report.{kind}") for kind in ("json", "html"))
+    assert apply(source, **given, dry_run=True).pages == pages
+    assert not list(tmp_path.glob("out*"))
+    made = apply(source, **given)
+    told = json.loads(to_text(made.to_json()))
+    data, page = sound(tmp_path / "out.gguf")
+    assert data == {"schema_version": 1, **told}
+    assert data["pages"] == list(pages)
+    assert data["file"]["names"] == ["out.gguf"]
+    assert data["file"]["bytes"] == (tmp_path / "out.gguf").stat().st_size
+    types = Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors)
+    assert data["file"]["types"] == types
+    assert {m["module"] for m in data["edit"]["modules"]} == set(edit.modules)
+    command = "perpend apply model.gguf --edit edit.safetensors -o out.gguf"
+    assert data["about"]["command"] == f"{command} --set export.gate_prompts=2 --set export.rounding=nearest"
+    assert page.count("<tr><td><code>model.layers.") == len(edit)
+    assert f"{len(edit)} modules edited" in page
+    assert f"{made.gate.same_labels} of {made.gate.prompts} replies labelled alike" in page
+    assert f"difference between an asked and a realised weight factor {made.gate.worst:.3f}" in page
+    assert f"{types['Q8_0']} Q8_0, {types['F32']} F32" in page
+    assert main(["report", str(tmp_path / "out.gguf"), "-o", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.startswith("wrote")
+    assert (tmp_path / "page.html").read_text() == page
+    (tmp_path / "out.gguf").unlink()
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"out\.gguf\.report\.json: already exists"):
+            apply(source, **given, dry_run=dry_run)
+
+
 def test_a_file_that_is_not_the_edit_stays_partial(case, tmp_path, monkeypatch):
     source, file, recipe, _ = case
     bake = perpend.tasks.gguf.bake_gguf
@@ -61,7 +100,7 @@ def test_a_file_that_is_not_the_edit_stays_partial(case, tmp_path, monkeypatch):
     with pytest.raises(GateFailed, match="modules miss their weight factor"):
         apply(source, edit=file, output=tmp_path / "out.gguf", recipe=recipe, machine=MACHINE)
     assert (tmp_path / "out.gguf.partial").is_file()
-    assert not (tmp_path / "out.gguf").exists()
+    assert {p.name for p in tmp_path.glob("out*")} == {"out.gguf.partial"}
     with pytest.raises(UsageError, match="an earlier export stopped here"):
         apply(source, edit=file, output=tmp_path / "out.gguf", recipe=recipe, machine=MACHINE)
 
@@ -73,7 +112,13 @@ def test_a_model_in_parts_is_proven_by_its_weights(case, tmp_path):
     assert made.gate.worst < 0.01
     assert made.gate.prompts == 0
     assert made.output.endswith("out.gguf")
-    assert {p.name for p in tmp_path.glob("out*")} == {"out-00001-of-00002.gguf", "out-00002-of-00002.gguf"}
+    files = {"out-00001-of-00002.gguf", "out-00002-of-00002.gguf"}
+    assert {p.name for p in tmp_path.glob("out*")} == {*files, "out.gguf.report.json", "out.gguf.report.html"}
+    data, page = sound(tmp_path / "out.gguf")
+    assert set(data["file"]["names"]) == files
+    assert data["file"]["bytes"] == sum((tmp_path / name).stat().st_size for name in files)
+    assert "Proven by its weights alone" in page
+    assert write_report(tmp_path / "out-00002-of-00002.gguf").output == str(tmp_path / "out.gguf.report.html")
 
 
 def test_a_model_larger_than_memory_is_proven_by_its_weights(case, tmp_path, monkeypatch):

@@ -257,6 +257,7 @@ def bake_gguf(
     rounding: str = "auto",
     fallback: str = "q8_0",
     said: Mapping[str, str] | None = None,
+    beside: Sequence[Path] = (),
     check: Check | None = None,
 ) -> ExportResult:
     """Write the edited model as a GGUF file, which appears whole or not at all.
@@ -271,6 +272,7 @@ def bake_gguf(
         rounding: See `rounded`.
         fallback: Type in which a tensor is written whose own type cannot be.
         said: Provenance, written as keys `perpend.…`.
+        beside: Files that appear with it; `check` fills their `.partial` files.
         check: Called with the `.partial` files when all bytes are there and before they are renamed. A `GateFailed`
             that it raises leaves them for inspection.
 
@@ -291,7 +293,7 @@ def bake_gguf(
         next(steps, None)
         return _made(change, wanted, kinds[change.tensor.name], rounding, costs)
 
-    with appearing(outs) as partial_files:
+    with appearing(outs, beside) as partial_files:
         for k, (file, target) in enumerate(zip(files, partial_files, strict=True)):
             own = [change for change in changes if change.file is file]
             replaced = {

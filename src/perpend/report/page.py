@@ -81,6 +81,7 @@ def render(document: Document, report_name: str = "report.json") -> str:
         "clock": units.seconds,
     }
     report, about = document.report, document.about
+    stages = document.seconds if isinstance(document.seconds, dict) else {"all": document.seconds}
     style, script = (_asset(name) for name in ("report.css", "report.js"))
     return environment.get_template("report.html.jinja").render(
         d=document,
@@ -100,7 +101,7 @@ def render(document: Document, report_name: str = "report.json") -> str:
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        stages=document.seconds if isinstance(document.seconds, dict) else {"all": document.seconds},
+        stages={name: took for name, took in stages.items() if took},
     )
 
 

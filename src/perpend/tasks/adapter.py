@@ -17,6 +17,7 @@ from perpend.options.commands import AdapterOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.apply import asked_for, original
+from perpend.tasks.earlier import beside_edit
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.gguf import require_folder
 from perpend.tasks.output import appearing, require_free, require_no_partial
@@ -99,7 +100,7 @@ def adapter(
         adapted = Adapted(str(output), model, made, round(time.monotonic() - started, 1))
         facts = about("adapter", session, found, machine or Machine()) | {"peak_memory": peak_memory()}
         edited = {"versions": versions(), "about": facts, "edit": edit_facts(chosen, session.anatomy)}
-        put(partial, adapted.to_json() | edited)
+        put(partial, adapted.to_json() | edited | beside_edit(Path(edit or source), chosen.sha256))
     return adapted
 
 

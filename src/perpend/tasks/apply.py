@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from perpend.config import Machine, Recipe
+from perpend.config import ExportSection, Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
+from perpend.export.beside import pages_of
 from perpend.export.card import CardFacts, write_card
+from perpend.export.gguf_file import require_absent
 from perpend.export.shards import ExportResult, Patch, bake
 from perpend.export.undo import keep
 from perpend.export.widen import widen
@@ -29,14 +32,15 @@ from perpend.options.asked import asked_of_source
 from perpend.options.commands import ApplyOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.about import about, edit_facts, peak_memory, typed
 from perpend.tasks.card import card_facts
+from perpend.tasks.earlier import beside_edit
 from perpend.tasks.forecast import Forecast, forecast, local
 from perpend.tasks.gate import Asked, Gate, pass_gate, reference
-from perpend.tasks.gguf import is_gguf, require_roundable, write_gguf
+from perpend.tasks.gguf import Baked, is_gguf, require_roundable, write_gguf
 from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import require_free, require_no_partial
-from perpend.tasks.pages import put
+from perpend.tasks.pages import names_beside, put, put_beside
 from perpend.tasks.recipes import (
     EDIT,
     RECIPE,
@@ -71,10 +75,15 @@ class Applied:
     """Where it came from."""
     edit: Mapping[str, Any] = field(default_factory=dict)
     """Weight factors of the edit."""
+    pages: tuple[str, ...] = ()
+    """The report beside a GGUF file; in a folder it is one of the files there."""
+    file: Mapping[str, Any] = field(default_factory=dict)
+    """Parts, types and rounding of a GGUF file."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return outcome_json("apply", self, {"modules": self.modules}, {"export": self.export, "gate": self.gate})
+        parts = {"pages": list(self.pages), "export": self.export, "gate": self.gate, "file": dict(self.file)}
+        return outcome_json("apply", self, {"modules": self.modules}, parts)
 
 
 @dataclass(frozen=True)
@@ -228,17 +237,17 @@ def apply(
     model, chosen, found = asked_for(source, edit, recipe)
     require_roundable(found, output)
     ModelRef.parse(model)
-    made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run)
+    made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run, pages=_pages(output))
     splits = open_splits(found)
     require_source(model, fetch=not dry_run)
     if dry_run:
         asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
         return replace(made, forecast=asked)
     require_room(model, output, machine)
+    known = beside_edit(Path(edit or source), chosen.sha256)
     if is_gguf(output):
-        result, gate, said = write_gguf(model, chosen, output, found, machine, splits)
-        took = round(time.monotonic() - started, 1)
-        return replace(made, export=result, gate=gate, edit=said, seconds=took)
+        again = _command(source, edit, found, output)
+        return _edited_gguf(made, chosen, found, machine, splits, known=known, command=again, started=started)
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
     panel = open_panel(found, machine)
@@ -248,13 +257,58 @@ def apply(
 
     def finish(folder: Path, gate: Gate, export: ExportResult) -> CardFacts:
         took = round(time.monotonic() - started, 1)
-        known = facts | {"peak_memory": peak_memory()}
-        proven.append(replace(base, export=export, gate=gate, seconds=took, about=known))
-        put(folder, proven[0].to_json())
+        told = facts | {"peak_memory": peak_memory()}
+        proven.append(replace(base, export=export, gate=gate, seconds=took, about=told))
+        put(folder, proven[0].to_json() | known)
         return card_facts(session, chosen, found, gate, export, output)
 
     bake_and_prove(session, chosen, output, found, machine, splits, panel, finish)
     return proven[0]
+
+
+def _pages(output: Path) -> tuple[str, ...]:
+    """Return the report beside an output, which is one of the files of a folder.
+
+    Raises:
+        UsageError: it is there already.
+    """
+    if not is_gguf(output):
+        return ()
+    require_absent([output], pages_of(output))
+    return names_beside(output)
+
+
+def _edited_gguf(
+    made: Applied,
+    edit: Edit,
+    recipe: Recipe,
+    machine: Machine,
+    splits: Splits,
+    *,
+    known: dict[str, Any],
+    command: str,
+    started: float,
+) -> Applied:
+    """Edit a GGUF file and write its report; see `perpend.tasks.gguf.write_gguf`."""
+    output, proven = Path(made.output), list[Applied]()
+
+    def finish(baked: Baked) -> None:
+        took = round(time.monotonic() - started, 1)
+        proven.append(replace(made, **vars(baked), seconds=took))
+        put_beside(output, proven[0].to_json() | known)
+
+    write_gguf(made.model, edit, output, recipe, machine, splits, command=command, finish=finish)
+    return proven[0]
+
+
+def _command(source: str, edit: str | Path | None, recipe: Recipe, output: Path) -> str:
+    """Return what to type for the same GGUF file, which has no recipe beside it."""
+    usual = ExportSection()
+    given = {key: value for key, value in recipe.export if value != getattr(usual, key)}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    sets = [word for key, text in texts.items() for word in ("--set", f"export.{key}={text}")]
+    named = ["--edit", edit] if edit is not None else []
+    return typed("apply", source, *named, "-o", output.name, *sets)
 
 
 def asked_for(source: str, edit: str | Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,19 @@ from perpend.config import Machine, Recipe, to_toml
 from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import GateFailed, UsageError
+from perpend.export.beside import pages_of
 from perpend.export.gguf import Change, bake_gguf, leak_rows, untouched
-from perpend.export.gguf_file import layouts
+from perpend.export.gguf_file import layouts, targets
 from perpend.export.shards import ExportResult
 from perpend.export.verify import LeakRow, Untouched
 from perpend.models.anatomy import Anatomy
 from perpend.models.gguf import Layout, layout
 from perpend.models.load import skeleton
 from perpend.models.memory import free_memory, pick_device
+from perpend.models.session import Session
 from perpend.progress import note
 from perpend.refs import ModelRef
-from perpend.tasks.about import edit_facts
+from perpend.tasks.about import about, edit_facts, model_facts, origin, peak_memory
 from perpend.tasks.gate import Asked, Gate, Reference, proven, reference, require_untouched
 from perpend.tasks.portable import without_folders
 from perpend.tasks.setup import open_panel, open_session, require_fitting
@@ -120,10 +124,75 @@ def _cannot_run(files: Sequence[Layout], machine: Machine) -> str:
     return f"dequantised, the model takes {size(need)} where {size(free)} are free on {device}"
 
 
+def saved_file(
+    written: Sequence[Layout], names: Sequence[Path], base: Path | None, rounding: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a report says of a GGUF file, as plain JSON values.
+
+    Args:
+        written: Its parts.
+        names: What they will be called.
+        base: The file that everything but the edited matrices is of; None for a converter.
+        rounding: What rounding the edited matrices cost.
+    """
+    return {
+        "names": [path.name for path in names],
+        "bytes": sum(file.path.stat().st_size for file in written),
+        "types": dict(Counter(tensor.type for file in written for tensor in file.tensors.values()).most_common()),
+        "base": base.name if base else None,
+        "rounding": dict(rounding),
+    }
+
+
+def main_type(files: Sequence[Layout]) -> str:
+    """Return the type that most numbers of a model are stored in."""
+    sizes: Counter[str] = Counter()
+    for tensor in (tensor for file in files for tensor in file.tensors.values()):
+        sizes[tensor.type] += math.prod(tensor.shape)
+    return sizes.most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Baked:
+    """An edited GGUF file that passed its gate.
+
+    Attributes:
+        export: What was written.
+        gate: What it says of the edit.
+        edit: Weight factors of the edit.
+        about: Where it came from.
+        file: Its parts, types and rounding.
+    """
+
+    export: ExportResult
+    gate: Gate
+    edit: Mapping[str, Any]
+    about: Mapping[str, Any]
+    file: Mapping[str, Any]
+
+
+def _without_weights(
+    ref: ModelRef, files: Sequence[Layout], recipe: Recipe, command: str
+) -> tuple[Anatomy, dict[str, Any]]:
+    """Return the anatomy of a model whose weights are not loaded, and where its edit comes from."""
+    bare = skeleton(ModelRef("gguf", str(files[0].path)).resolve(), str(ref))
+    anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
+    model = model_facts(ref, None, anatomy, bare.parameters(), main_type(files))
+    return anatomy, origin("apply", command, recipe, model)
+
+
 def write_gguf(
-    model: str, edit: Edit, output: Path, recipe: Recipe, machine: Machine, splits: Splits
-) -> tuple[ExportResult, Gate, Mapping[str, Any]]:
-    """Edit a GGUF file; the result gets its name only when it has passed the gate.
+    model: str,
+    edit: Edit,
+    output: Path,
+    recipe: Recipe,
+    machine: Machine,
+    splits: Splits,
+    *,
+    command: str,
+    finish: Callable[[Baked], None],
+) -> None:
+    """Edit a GGUF file; the result gets its name, with its report, only when it has passed the gate.
 
     Args:
         model: The file, or one of its numbered parts.
@@ -132,9 +201,8 @@ def write_gguf(
         recipe: Rounding and gate.
         machine: Device and dtype in which the gate runs.
         splits: The gate measures on a fixed subset of the select split.
-
-    Returns:
-        What was written, the gate, and the weight factors of the edit.
+        command: What to type to have it again.
+        finish: Is told what passed, and writes the report of it.
 
     Raises:
         UsageError: the model is no GGUF file, or the edit is of another one.
@@ -149,35 +217,26 @@ def write_gguf(
         session = open_session(model, recipe, machine)
         require_fitting(session, edit)
         anatomy = session.anatomy
+        facts = about("apply", session, recipe, machine, command)
     else:
         if lacking:
             note(f"{lacking}: the gate reads its weights alone")
-        first = ModelRef("gguf", str(files[0].path)).resolve()
-        anatomy = Anatomy.of(skeleton(first, str(ref)), recipe.edit.overrides or None)
-    passed: list[Gate] = []
+        anatomy, facts = _without_weights(ref, files, recipe, command)
     held = Asked(session, edit, recipe, machine, open_panel(recipe, machine)) if session else None
     seen = reference(held, splits.select) if held else None
 
     def check(partial: list[Path], export: ExportResult, changes: list[Change]) -> None:
         written = [layout(path) for path in partial]
-        asked = recipe.export
-        leak = leak_rows(
-            changes,
-            written,
-            anatomy,
-            session.model if session else None,
-            through_post_norm=recipe.edit.through_post_norm,
-            allow_leak=asked.allow_leak,
-            rounding=asked.rounding,
-        )
+        leak = _leak(changes, written, anatomy, session, recipe)
         same = untouched(files, written, export.edited)
         require_untouched(same, partial[0])
+        gate = Gate(tuple(leak), same, 0, 0, 0, (0.0, 0.0))
         if held and seen:
-            passed.append(_run(partial[0], held, seen, leak, same))
-        else:
-            passed.append(Gate(tuple(leak), same, 0, 0, 0, (0.0, 0.0)))
+            gate = _run(partial[0], held, seen, leak, same)
+        file = saved_file(written, targets(output, len(files)), source, export.rounding)
+        finish(Baked(export, gate, edit_facts(edit, anatomy), facts | {"peak_memory": peak_memory()}, file))
 
-    result = bake_gguf(
+    bake_gguf(
         source,
         edit,
         anatomy,
@@ -186,9 +245,24 @@ def write_gguf(
         rounding=recipe.export.rounding,
         fallback=recipe.export.gguf_type,
         said=provenance(edit, recipe, model),
+        beside=pages_of(output),
         check=check,
     )
-    return result, passed[0], edit_facts(edit, anatomy)
+
+
+def _leak(
+    changes: list[Change], written: Sequence[Layout], anatomy: Anatomy, session: Session | None, recipe: Recipe
+) -> list[LeakRow]:
+    """Return the weight factor of every edited module of the saved file; see `leak_rows`."""
+    return leak_rows(
+        changes,
+        written,
+        anatomy,
+        session.model if session else None,
+        through_post_norm=recipe.edit.through_post_norm,
+        allow_leak=recipe.export.allow_leak,
+        rounding=recipe.export.rounding,
+    )
 
 
 def _run(partial: Path, held: Asked, seen: Reference, leak: list[LeakRow], same: Untouched) -> Gate:
