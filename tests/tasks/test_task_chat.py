@@ -11,10 +11,13 @@ from task_cases import MACHINE, a_recipe
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.errors import UsageError
+from perpend.escape import printable
 from perpend.models.load import load_model
 from perpend.models.session import Session
 from perpend.models.streaming import Ask
 from perpend.tasks.chat import Plain, chat
+from perpend.tasks.talk import COMMANDS, Command, Conversation
+from perpend.tasks.transcript import fenced, quoted
 
 WRITER = "model.layers.1.mlp.down_proj"
 
@@ -31,7 +34,7 @@ def talk(pico_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Session, "answers", spy)
 
-    def go(*lines, weight: float | None = 0.8, module: str = WRITER, model: str = "llama", **sections):
+    def go(*lines, weight: float | None = 0.8, module: str = WRITER, model: str = "llama", seed: int = 0, **sections):
         asked.clear()
         edit = None
         if weight is not None:
@@ -41,7 +44,7 @@ def talk(pico_dir, tmp_path, monkeypatch):
         said = chat(
             str(pico_dir(model)),
             edit=edit,
-            recipe=a_recipe(tmp_path, **sections),
+            recipe=a_recipe(tmp_path, **sections).model_copy(update={"seed": seed}),
             machine=MACHINE,
             screen=Plain(lambda: waiting.pop(0) if waiting else None, shown.append),
         )
@@ -113,7 +116,42 @@ def test_system_prompt_and_sampling_of_the_next_answer(talk):
     assert asked[1][0].sampling is None
     assert said.duet.session.chat.system is None
     assert "sampling: temperature 1" in shown
-    assert said.to_json()["system"] is None
+    assert said.to_json()["turns"][1]["system"] is None
+
+
+def test_a_saved_turn_says_what_it_was_answered_under_whatever_was_changed_since(talk, tmp_path):
+    one, two = tmp_path / "talk.json", tmp_path / "talk.md"
+    _, _, asked = talk(
+        "/system Be brief.", "/sample", "a", "/greedy", "/system Be long.", "b", "/system", "/sample", "/scale 2",
+        f"/save {one}", f"/save {two}", seed=12345678,
+    )  # fmt: skip
+    turns = json.loads(one.read_text())["turns"]
+    sampled = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 12345678}
+    assert [turn["system"] for turn in turns] == ["Be brief.", "Be long."]
+    assert [turn["sampling"] for turn in turns] == [sampled, None]
+    assert [asks[0].sampling and vars(asks[0].sampling) for asks in asked] == [sampled, None]
+    first, second = two.read_text().split("## user")[1:]
+    for part, there, elsewhere in (
+        (first, ("System prompt:\n\n```text\nBe brief.\n```", "seed 12345678", "edited × 1"), "Greedy decoding"),
+        (second, ("System prompt:\n\n```text\nBe long.\n```", "Greedy decoding.", "edited × 1"), "Sampled"),
+    ):
+        assert all(words in part for words in there)
+        assert elsewhere not in part
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}", ""],
+    ids=["refuses it", "leaves it out"],
+)
+def test_a_system_prompt_that_the_template_does_not_take_is_refused_at_once(talk, tmp_path, template):
+    (tmp_path / "t.jinja").write_text(template + "{{ messages[-1]['content'] }}")
+    shown, said, asked = talk(
+        "/system Be brief.", "a", weight=None, prompts={"chat_template": str(tmp_path / "t.jinja")}
+    )
+    assert "takes no system prompt" in shown
+    assert said.turns[0].system is None
+    assert len(asked) == 1
 
 
 def test_labels_of_both_answers(talk):
@@ -144,11 +182,91 @@ def test_the_conversation_is_saved_whole_and_nothing_overwritten(talk, tmp_path)
     assert kept == said.to_json()
     assert kept["turns"][0]["answers"] == said.turns[0].answers
     assert kept["edit_sha256"] == said.duet.edit.sha256
-    text = two.read_text()
-    assert f"## base, {said.turns[0].labels['base']['label']}\n\n{said.turns[0].answers['base']}" in text
-    assert "already exists" in shown
+    answer, label = said.turns[0].answers["base"], said.turns[0].labels["base"]["label"]
+    assert f"## base, {label}, not ended by the model\n\n{fenced(answer)}\n" in two.read_text()
+    assert f"{one}: already exists, and nothing is overwritten; try: /save {tmp_path}/talk-2.json" in shown
     assert "no file was named; try: /save talk.md" in shown
-    assert not list(tmp_path.glob("*.partial"))
+    assert "--output" not in shown
+    assert sorted(path.name for path in tmp_path.glob("talk*")) == ["talk.json", "talk.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("c.xyz", "a conversation is not saved so; valid: .md or .json; try: /save talk.md"),
+        ("c", "valid: .md or .json"),
+        ("a/b/", "valid: .md or .json"),
+        ("nodir/c.md", "nodir; try: /save c.md"),
+        ("n" * 300 + ".md", "cannot be written"),
+    ],
+)
+def test_what_cannot_be_saved_is_one_line_and_makes_nothing(talk, tmp_path, name, reason):
+    talk("a")
+    before = sorted(tmp_path.rglob("*"))
+    shown, _, _ = talk("a", f"/save {tmp_path}/{name}", "/save ~nobody-of-that-name/c.md")
+    assert reason in shown
+    assert "~nobody-of-that-name/c.md: " in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_model_wrote_is_text_in_what_is_saved(talk, tmp_path, monkeypatch):
+    from markdown_it import MarkdownIt
+
+    said_so = "a\x1b]0;title\x07\x9b31m\u202eb\r\n```\n</code><script>alert(1)</script>\n````` [x](http://x)\nend\ud800"
+    one, two = tmp_path / "talk.json", tmp_path / "talk.md"
+
+    def written(self: Conversation, rest: str) -> str:
+        self.turns[0].answers = dict.fromkeys(self.turns[0].answers, said_so)
+        return ""
+
+    monkeypatch.setitem(COMMANDS, "/written", Command(written, "", ""))
+    talk("# heading\x1b[2J", "/written", f"/save {one}", f"/save {two}")
+    assert json.loads(one.read_text())["turns"][0]["answers"] == {"base": said_so, "edited": said_so}
+    for path in (one, two):
+        assert printable(path.read_text()) == path.read_text(), path
+    found = MarkdownIt("commonmark").parse(two.read_text())
+    assert {token.type for token in found} <= {
+        "heading_open", "heading_close", "inline", "bullet_list_open", "bullet_list_close", "list_item_open",
+        "list_item_close", "paragraph_open", "paragraph_close", "fence",
+    }  # fmt: skip
+    blocks = [token.content for token in found if token.type == "fence"]
+    assert blocks == [f"{printable(text)}\n" for text in ("# heading\x1b[2J", said_so, said_so)]
+    headings = [found[k + 1].content for k, token in enumerate(found) if token.type == "heading_open"]
+    assert headings == ["Conversation", "user", "base, not ended by the model", "edited × 1, not ended by the model"]
+
+
+def test_a_fence_is_longer_than_any_run_of_backticks_in_its_text():
+    for text, fence in (("a", "```"), ("`a` ``b``", "```"), ("```", "````"), ("a\n``````\n", "```````")):
+        assert fenced(text) == f"{fence}text\n{text}\n{fence}"
+    assert quoted("a`b``c\n\x1bd") == "``` a`b``c \\x1bd ```"
+    assert quoted("a/b") == "`a/b`"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/sample 0.7", "/sample takes nothing after it, not '0.7'; try: /sample"),
+        ("/both x", "/both takes nothing after it, not 'x'; try: /both"),
+        ("/reset now", "/reset takes nothing after it, not 'now'; try: /reset"),
+        ("/scale", "'' is no scale; valid: a number from -100 to 100, 0 for the model as it is; try: /scale 0.5"),
+        ("/scale 1 2", "'1 2' is no scale"),
+        ("/qiut", "no command /qiut; did you mean '/quit'?"),
+        ("/image", "takes no images"),
+        ("  /scale 0,5", "'0,5' is no scale"),
+    ],
+)
+def test_a_command_typed_wrongly_is_one_line_and_changes_nothing(talk, line, reason):
+    shown, said, asked = talk("a", line, "b")
+    assert [text for text in shown.splitlines() if reason in text]
+    assert [turn.user for turn in said.turns] == ["a", "b"]
+    assert [weights(asks) for asks in asked] == [[None, 0.8]] * 2
+    assert asked[1][0].sampling is None
+
+
+@pytest.mark.parametrize("line", ["/quit", " /quit", "/quit now", "/quit\tplease"])
+def test_quit_ends_the_conversation_whatever_follows_it(talk, line):
+    _, said, asked = talk("/scale\t0.5", line, "a")
+    assert (said.turns, asked, said.scale) == ([], [], 0.5)
 
 
 def test_an_image_goes_with_what_is_said_next(talk, tmp_path):

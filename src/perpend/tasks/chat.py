@@ -15,7 +15,7 @@ from perpend.options.asked import asked, path_of
 from perpend.options.commands import TalkOptions
 from perpend.tasks.rehearsal import Rehearsal, rehearse
 from perpend.tasks.setup import open_duet, sampling
-from perpend.tasks.talk import Conversation
+from perpend.tasks.talk import QUIT, Conversation
 
 Read = Callable[[], str | None]
 """Gives the next line of the user, or None at the end."""
@@ -117,9 +117,9 @@ def chat(
     duet = open_duet(model, recipe, machine, edit)
     talk = Conversation(model, duet, sampling(duet.session, recipe), recipe.eval.max_new_tokens, recipe.seed)
     screen.say(f"{model}{' with an edit' if duet.edit else ''}; /help lists the commands")
-    while (line := screen.read()) is not None and line.strip() != "/quit":
+    while (line := screen.read()) is not None and line.split()[:1] != [QUIT]:
         try:
-            if line.startswith("/"):
+            if line.lstrip().startswith("/"):
                 screen.say(talk.command(line.strip()))
             elif line.strip():
                 _answer(talk, line, screen)

@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from perpend.data import Prompt
 from perpend.errors import PerpendError, UsageError, nearest
-from perpend.export.gguf_file import appearing
+from perpend.escape import printable_json
 from perpend.models.chat import SEES_NOT, read_image
 from perpend.models.replies import Sampling
 from perpend.models.streaming import Answers, Ask
 from perpend.serving.duet import Duet, read_scale
+from perpend.tasks.transcript import drawn, markdown
+from perpend.whole import unfinished, write_file
 
 Side = Literal["base", "edited"]
+SUFFIXES = (".md", ".json")
+"""What a conversation is saved as."""
 
 
 @dataclass
 class Turn:
-    """What the user said, and what was answered.
+    """What the user said, what was answered, and what decided the answers.
 
     Attributes:
         user: The user's words.
         image: Path of an image shown with them.
         scale: What the weight factors were multiplied by.
+        system: System prompt in front of the conversation; None where it was left to the chat template.
+        sampling: How tokens were drawn, with the seed; None for greedy.
         answers: By side; a side that was not asked has none and does not remember the turn.
         finished: Sides whose answer ended by itself.
         labels: By side, once they were asked for.
@@ -34,6 +42,8 @@ class Turn:
     user: str
     image: str | None
     scale: float
+    system: str | None = None
+    sampling: Sampling | None = None
     answers: dict[Side, str] = field(default_factory=dict)
     finished: set[Side] = field(default_factory=set)
     labels: dict[Side, dict[str, Any]] = field(default_factory=dict)
@@ -41,7 +51,8 @@ class Turn:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         scale = self.scale if "edited" in self.answers else None
-        return {**self.__dict__, "scale": scale, "finished": sorted(self.finished)}
+        sampling = dict(vars(self.sampling)) if self.sampling else None
+        return {**vars(self), "scale": scale, "sampling": sampling, "finished": sorted(self.finished)}
 
 
 class Conversation:
@@ -89,7 +100,7 @@ class Conversation:
         Raises:
             PerpendError: this cannot be answered; it is forgotten.
         """
-        turn = Turn(text, self._image, self.scale)
+        turn = Turn(text, self._image, self.scale, self.duet.session.chat.system, self.sampling)
         self.turns.append(turn)
         try:
             answers = self.duet.session.answers([self._ask(side) for side in self.sides])
@@ -121,10 +132,13 @@ class Conversation:
         Raises:
             PerpendError: no such command, or it cannot be carried out.
         """
-        name, _, rest = line.partition(" ")
+        name, rest = (*line.split(maxsplit=1), "")[:2]
         if name not in COMMANDS:
-            raise UsageError(f"no command {name}", hint=nearest(name, COMMANDS) or "/help")
-        return COMMANDS[name].run(self, rest.strip())
+            raise UsageError(f"no command {name}", hint=nearest(name, [*COMMANDS, QUIT]) or "/help")
+        command = COMMANDS[name]
+        if rest and not command.argument:
+            raise UsageError(f"{name} takes nothing after it, not '{rest}'", hint=name)
+        return command.run(self, rest.strip())
 
     def to_json(self) -> dict[str, Any]:
         """Return the conversation as plain JSON values."""
@@ -133,21 +147,9 @@ class Conversation:
             "task": "chat",
             "model": self.model,
             "edit_sha256": edit.sha256 if edit is not None else None,
-            "system": self.duet.session.chat.system,
-            "sampling": self.sampling.__dict__ if self.sampling else None,
             "max_new_tokens": self.max_new_tokens,
             "turns": [turn.to_json() for turn in self.turns],
         }
-
-    def _markdown(self) -> str:
-        facts = {key: value for key, value in self.to_json().items() if key not in ("task", "turns") and value}
-        parts = [f"# {self.model}", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
-        for turn in self.turns:
-            parts += ["## user", f"(image: {turn.image})\n\n{turn.user}" if turn.image else turn.user]
-            for side, answer in turn.answers.items():
-                label = f", {turn.labels[side]['label']}" if side in turn.labels else ""
-                parts += [f"## {side if side == 'base' else f'edited × {turn.scale:g}'}{label}", answer]
-        return "\n\n".join(parts) + "\n"
 
     # -------------------------------------------------------------------------------------------------- commands
 
@@ -160,16 +162,29 @@ class Conversation:
     def _scale(self, rest: str) -> str:
         if self.duet.edit is None:
             raise UsageError("there is no edit to scale", hint="perpend chat MODEL --edit DIR")
-        self.scale = read_scale(rest)
+        try:
+            self.scale = read_scale(rest)
+        except UsageError as error:
+            raise UsageError(error.what, valid=error.valid, hint="/scale 0.5") from None
         return f"every weight factor is multiplied by {self.scale:g}"
 
     def _system(self, rest: str) -> str:
-        self.duet.session.chat.system = rest or None
+        chat = self.duet.session.chat
+        before, chat.system = chat.system, None
+        plain = chat.encode([Prompt("a")]) if rest else []
+        chat.system = rest or None
+        try:
+            heard = not rest or chat.encode([Prompt("a")]) != plain
+        except UsageError:
+            heard = False
+        if not heard:
+            chat.system = before
+            raise UsageError("the chat template of this model takes no system prompt")
         return "the system prompt is set" if rest else "the system prompt is left to the chat template"
 
     def _sample(self, rest: str) -> str:
         self.sampling = Sampling.of(self.duet.session.model, self.seed)
-        return f"sampling: {', '.join(f'{key} {value:g}' for key, value in self.sampling.__dict__.items())}"
+        return f"sampling: {drawn(vars(self.sampling))}"
 
     def _greedy(self, rest: str) -> str:
         self.sampling = None
@@ -180,8 +195,10 @@ class Conversation:
             raise UsageError(SEES_NOT)
         if not rest:
             raise UsageError("no image was named", hint="/image photo.png")
-        self._images[rest] = read_image(rest)
-        self._image = rest
+        path = Path(rest).expanduser()
+        name = str(path) if path.exists() else rest
+        self._images[name] = read_image(name)
+        self._image = name
         return f"{rest} goes with what you say next"
 
     def _label(self, rest: str) -> str:
@@ -199,20 +216,37 @@ class Conversation:
 
     def _save(self, rest: str) -> str:
         if not rest:
-            raise UsageError("no file was named", hint="/save talk.md")
-        path = Path(rest).expanduser()
-        text = json.dumps(self.to_json(), ensure_ascii=False, indent=2) if path.suffix == ".json" else self._markdown()
+            raise UsageError("no file was named", hint=INSTEAD)
         try:
-            with appearing([path]) as (partial,):
-                partial.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror or error}", where=rest) from None
+            path = Path(rest).expanduser()
+            kind, there, free = path.suffix.lower(), path.exists() and not unfinished(path), _beside(path)
+            folder = path.parent.is_dir()
+        except (OSError, RuntimeError) as error:  # RuntimeError: no such home
+            raise UsageError(f"cannot be written: {getattr(error, 'strerror', None) or error}", where=rest) from None
+        if kind not in SUFFIXES:
+            raise UsageError("a conversation is not saved so", where=rest, valid=" or ".join(SUFFIXES), hint=INSTEAD)
+        if not folder:
+            raise UsageError(f"there is no folder {path.parent}", where=rest, hint=f"/save {path.name}")
+        if there:
+            raise UsageError("already exists, and nothing is overwritten", where=rest, hint=f"/save {free}")
+        text = printable_json(json.dumps(self.to_json(), ensure_ascii=False, indent=2))
+        text = text if kind == ".json" else markdown(self.to_json())
+        try:
+            write_file(path, text.encode("utf-8"), replace=False)
+        except UsageError as error:  # whose hint is for an option that is not here
+            raise UsageError(error.what, where=rest, hint=f"/save {free}") from None
         return f"wrote {rest}"
 
     def _help(self, rest: str) -> str:
         width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
         lines = [f"{f'{name} {command.argument}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
-        return "\n".join([*lines, f"{'/quit':<{width}}  end (also Ctrl-D); Ctrl-C ends an answer"])
+        return "\n".join([*lines, f"{QUIT:<{width}}  end (also Ctrl-D); Ctrl-C ends an answer"])
+
+
+def _beside(path: Path) -> Path:
+    """Return the next name that is free: `talk-2.md` beside `talk.md`."""
+    names = (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in count(2))
+    return next(name for name in names if not name.exists())
 
 
 def _describe(found: dict[str, Any]) -> str:
@@ -227,11 +261,21 @@ def _describe(found: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A line that begins with a slash."""
+    """A line that begins with a slash.
+
+    Attributes:
+        run: Carries it out, given what follows its name; returns what to show.
+        argument: What follows its name; empty where nothing may.
+        help: What it does.
+    """
 
     run: Callable[[Conversation, str], str]
     argument: str
     help: str
+
+
+QUIT = "/quit"
+INSTEAD = "/save talk.md"
 
 
 COMMANDS = {
