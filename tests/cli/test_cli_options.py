@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import typer
 
 from perpend.cli.flags import FLAGS, completions
 from perpend.cli.main import COMMANDS, app
+from perpend.cli.options import flowing
 from perpend.config import Machine, Recipe, keys, load
 from perpend.options.commands import RunOptions, SearchOptions, options_of
 from perpend.options.table import StudyOptions
@@ -186,25 +189,40 @@ def test_a_full_folder_is_refused_before_anything_loads(tmp_path):
     assert "not empty" in done.stderr
 
 
-def test_every_command_has_two_examples_that_parse():
-    root = typer.main.get_command(app)
-    named = {command.name: (root.commands[command.name], command.examples) for command in COMMANDS}
-    from perpend.cli import config, export, quant
-
-    grouped = {"config": (config.show, config.init, config.validate), "quant": (quant.check,), "export": (export.gguf,)}
-    for group, commands in grouped.items():
-        sub = root.commands[group].commands
-        named |= {f"{group} {c.name}": (sub[c.name], c.examples) for c in commands}
-    assert len(named) >= 14
-    for name, (command, examples) in named.items():
-        assert len(examples) >= 2
-        for example in examples:
-            words = example.split()
-            assert words[: len(name.split())] == name.split()
-            command.make_context(name, words[len(name.split()) :])
+ROOT = typer.main.get_command(app)
 
 
-@pytest.mark.parametrize("path", [[], ["run"], ["config"], ["config", "init"], ["quant", "check"], ["export", "gguf"]])
+def _everything(command, path=()):
+    """Yield the program, its groups and its commands, each with the words that lead to it."""
+    yield path, command
+    for name, member in getattr(command, "commands", {}).items():
+        yield from _everything(member, (*path, name))
+
+
+EVERYTHING = dict(_everything(ROOT))
+
+
+def test_every_command_is_looked_at():
+    assert {(command.name,) for command in COMMANDS} < set(EVERYTHING)
+    assert {("export",), ("quant",), ("config",), ("export", "gguf"), ("config", "show")} < set(EVERYTHING)
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=" ".join)
+def test_the_help_of_each_command_and_group_has_two_examples_that_parse(cli, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = cli(*path, "--help")
+    examples = [line.split() for line in said.out.partition("Examples")[2].splitlines() if line.strip()]
+    assert len(examples) >= 2
+    for program, *words in examples:
+        assert program == "perpend"
+        assert tuple(words[: len(path)]) == path
+        command = ROOT
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=" ".join)
 def test_help_is_readable_at_eighty_columns(cli, path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = cli(*path, "--help")
@@ -212,8 +230,31 @@ def test_help_is_readable_at_eighty_columns(cli, path, monkeypatch):
     assert said.err == ""
     assert max(map(len, said.out.splitlines())) <= 80
     assert said.out == cli(*path, "-h").out
-    if path != ["config"]:
-        assert "Examples" in said.out
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=" ".join)
+def test_a_line_of_help_ends_where_the_next_word_would_not_fit(cli, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, _, text = cli(*path, "--help").out.partition(" Usage: ")[2].partition("╭")[0].partition("\n")
+    assert text.strip()
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        lines = paragraph.splitlines()
+        for line, following in pairwise(lines):
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > 79, line
+
+
+def test_a_docstring_becomes_one_line_per_paragraph_and_item():
+    made = flowing("""Do it.
+
+    One line
+    and another.
+
+    - a first
+      item
+    - a second
+    2. a third
+    """)
+    assert made == "Do it.\n\nOne line and another.\n\n- a first item\n- a second\n2. a third"
 
 
 def test_nothing_typed_shows_the_help(cli):

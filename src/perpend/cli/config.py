@@ -9,7 +9,7 @@ import typer
 
 import perpend
 from perpend.cli import views
-from perpend.cli.options import LOOK, Model, Request, command
+from perpend.cli.options import LOOK, Model, Request, command, group
 from perpend.options.commands import ConfigOptions, options_of
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", show_default=False)]
@@ -47,7 +47,5 @@ def validate(file: File, *, request: Request) -> None:
     request.out.result(perpend.config_validate(file), views.validated)
 
 
-app = typer.Typer(name="config", no_args_is_help=True, rich_markup_mode="rich", help="Show, write and check recipes.")
-for _command in (show, init, validate):
-    _command.add_to(app)
+app = group("config", "Show, write and check recipes.", (show, init, validate))
 PANEL = LOOK

@@ -12,7 +12,7 @@ from rich.text import Text
 
 import perpend
 from perpend.cli import render, views
-from perpend.cli.options import MAKE, Request, command
+from perpend.cli.options import MAKE, Request, command, group
 from perpend.cli.text import printable
 
 Source = Annotated[
@@ -78,15 +78,5 @@ def view(data: dict[str, Any]) -> Iterator[RenderableType]:
     yield from views.written(data)
 
 
-app = typer.Typer(
-    name="export", no_args_is_help=True, rich_markup_mode="rich", help="Make another format of an edited checkpoint."
-)
-gguf.add_to(app)
-
-
-@app.callback()
-def _group() -> None:
-    """Make another format of an edited checkpoint."""
-
-
+app = group("export", "Make another format of an edited checkpoint.", (gguf,), also=gguf.examples[1:])
 PANEL = MAKE

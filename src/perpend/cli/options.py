@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+
+
+_ITEM = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
+"""How an item of a list begins in a help text."""
 
 
 class Request:
@@ -177,8 +182,44 @@ class Command:
 
     def add_to(self, app: typer.Typer) -> None:
         """Register the command."""
-        lines = "\n\n".join(f"  [cyan]perpend {escape(example)}[/cyan]" for example in self.examples)
-        app.command(self.name, epilog=f"Examples\n\n{lines}", rich_help_panel=self.panel)(self.run)
+        app.command(self.name, epilog=epilog(self.examples), rich_help_panel=self.panel)(self.run)
+
+
+def flowing(text: str) -> str:
+    """Return a docstring as a help text: a line for each paragraph and each item of a list, to be wrapped once."""
+    paragraphs = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        lines: list[str] = []
+        for line in paragraph.splitlines():
+            if lines and not _ITEM.match(line):
+                lines[-1] += f" {line.strip()}"
+            else:
+                lines.append(line.rstrip())
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def epilog(examples: Iterable[str]) -> str:
+    """Return the end of a help text: command lines, given without the leading `perpend`."""
+    return "Examples\n\n" + "\n\n".join(f"  [cyan]perpend {escape(example)}[/cyan]" for example in examples)
+
+
+def group(name: str, about: str, commands: Iterable[Command], *, also: tuple[str, ...] = ()) -> typer.Typer:
+    """Return commands as one group, whose help shows the first example of each, and `also`.
+
+    Args:
+        name: As typed before the commands.
+        about: What the commands have in common.
+        commands: The commands.
+        also: More examples for the help, where a group has one command only.
+    """
+    members = tuple(commands)
+    examples = (*(member.examples[0] for member in members), *also)
+    app = typer.Typer(name=name, no_args_is_help=True, rich_markup_mode="rich", help=about, epilog=epilog(examples))
+    app.callback()(lambda: None)  # without it a group of one command would be that command
+    for member in members:
+        member.add_to(app)
+    return app
 
 
 def command(
@@ -205,7 +246,7 @@ def command(
                 function(**values, request=request)
 
         shared = parameters(names)
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__name__, run.__doc__ = function.__name__, flowing(function.__doc__ or "")
         run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
         return Command(name, run, examples, panel)

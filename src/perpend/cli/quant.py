@@ -11,7 +11,7 @@ from rich.text import Text
 
 import perpend
 from perpend.cli import render, views
-from perpend.cli.options import MEASURE, Model, Request, command
+from perpend.cli.options import MEASURE, Model, Request, command, group
 from perpend.cli.text import printable
 from perpend.options.commands import QuantOptions, options_of
 
@@ -97,18 +97,5 @@ def _replies(data: dict[str, Any]) -> Iterator[RenderableType]:
         yield Text.assemble((f"{name}: ", "dim"), render.comparison(compared))
 
 
-app = typer.Typer(
-    name="quant",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="What a quantisation would do to a model and its edit.",
-)
-check.add_to(app)
-
-
-@app.callback()
-def _group() -> None:
-    """What a quantisation would do to a model and its edit."""
-
-
+app = group("quant", "What a quantisation would do to a model and its edit.", (check,), also=check.examples[1:])
 PANEL = MEASURE
