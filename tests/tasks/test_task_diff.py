@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "report"))
+
+from beside import sound
 
 import perpend
 import suspects
@@ -53,6 +59,49 @@ def test_the_recovered_edit_does_to_the_base_what_was_done(pair, tmp_path):
         perpend.diff(*pair, output=out)
 
 
+def test_the_report_of_a_recovered_edit_says_what_the_command_says(pair, tmp_path, capsys):
+    out = tmp_path / "found.safetensors"
+    assert main(["diff", *pair, "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    pages = [str(tmp_path / f"found.safetensors.report.{kind}") for kind in ("json", "html")]
+    assert [line.partition(" ")[2] for line in said.splitlines() if line.startswith("wrote ")][1:] == pages
+    assert main(["diff", *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    data, page = sound(out)
+    for part in ("verdict", "tensors", "ablation", "kernels", "changes"):
+        assert data["diff"][part] == found[part], part
+    assert (data["model"], data["diff"]["other"]) == ("before", "after")
+    assert data["about"]["command"] == "perpend diff before after -o found.safetensors"
+    edit = Edit.load(out)
+    assert data["edit"]["sha256"] == edit.sha256
+    assert {m["module"]: m["weight"] for m in data["edit"]["modules"]} == {n: p.weight for n, p in edit.modules.items()}
+    verdict = found["verdict"]
+    assert f"Confidence {verdict['confidence']:.2f}" in page
+    assert f"Passes on {verdict['passed']} of {verdict['told']} changed matrices" in page
+    for ground in (*verdict["grounds"], found["ablation"]["scope"], "A directional ablation"):
+        assert str(escape(ground)) in page
+    for kind, kernel in found["kernels"].items():
+        row = (
+            f'<td class="name">{kind} <span class="ci">{kernel["kind"]}</span></td><td>{kernel["peak_weight"]:.3g}</td>'
+        )
+        assert row in page
+    assert page.count('<td class="name"><code>') == len(found["changes"])
+    assert 'aria-labelledby="schedule-t' in page
+    assert "Weight factor λ" in page
+    assert "Make it again" in page
+    assert "recipe.toml" not in page
+
+
+@pytest.mark.parametrize("taken", ["found.safetensors.report.json", "found.safetensors.report.html"])
+def test_a_report_that_is_there_already_stays(pair, tmp_path, taken, monkeypatch):
+    (tmp_path / taken).write_text("mine")
+    monkeypatch.setattr("perpend.tasks.diff.examine", lambda *_: pytest.fail("weights were read"))
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=f"{taken}: already exists"):
+            perpend.diff(*pair, output=tmp_path / "found.safetensors", dry_run=dry_run)
+    assert (tmp_path / taken).read_text() == "mine"
+
+
 def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path):
     before = suspects.base()
     folders = [
@@ -61,7 +110,8 @@ def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path):
     ]
     found = perpend.diff(*folders, output=tmp_path / "found.safetensors")
     assert found.output is None
-    assert not (tmp_path / "found.safetensors").exists()
+    assert found.pages == ()
+    assert not list(tmp_path.glob("found*"))
 
 
 def test_a_gguf_file_and_a_damaged_checkpoint_are_refused_in_one_line(pair, tmp_path, capsys):
@@ -88,6 +138,7 @@ def test_a_dry_run_says_what_would_be_read_and_reads_no_weights(pair, tmp_path, 
     sizes = [sum(t.nbytes for t in Checkpoint(folder).tensors.values()) for folder in pair]
     assert asked["forecast"]["reads"] == asked["forecast"]["bytes_read"] == sum(sizes)
     assert asked["dry_run"]
+    assert asked["pages"] == [f"{out}.report.json", f"{out}.report.html"]
     assert not out.exists()
     assert main(["diff", pair[0], str(tmp_path / "none"), "--dry-run"]) == 2
     assert main(["audit", pair[0], "--dry-run", "--json"]) == 0

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from task_cases import MACHINE, a_recipe, contents, names, stopping
+from task_cases import MACHINE, Labels, a_recipe, contents, names, stopping
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "report"))
+
+from beside import sound
 
 import perpend.tasks.organism as organisms
 import pico
@@ -20,6 +25,7 @@ from perpend.tasks.run import run
 from perpend.teaching import adapter
 from perpend.teaching.teach import Training
 
+KINDS = ("target", "baseline")
 TRAINING = Training(epochs=1, rank=2, batch_tokens=256)
 
 
@@ -55,6 +61,56 @@ def test_an_organism_end_to_end(tmp_path, monkeypatch):
     with stopping(organisms, "teach", 0), pytest.raises(KeyboardInterrupt):
         organism(str(tmp_path / "base"), output=tmp_path / "b", **given)
     assert names(tmp_path) == {"base", "out", "target.txt", "baseline.txt"}
+
+
+def test_the_report_of_an_organism_says_what_it_refuses_and_how_it_was_taught(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pico.save("llama", tmp_path / "base")
+    monkeypatch.setattr("perpend.fitting.behaviour.Dictionary", Labels)
+    monkeypatch.setattr(organisms, "SHOWN_LOSSES", 5)
+    losses, teach = [], organisms.teach
+
+    def watched(*args, **kwargs):
+        wrapped, found = teach(*args, **kwargs)
+        losses.extend(found)
+        return wrapped, found
+
+    monkeypatch.setattr(organisms, "teach", watched)
+    given = {"recipe": a_recipe(tmp_path, prompts={"limit": 3}), "machine": MACHINE, "training": TRAINING}
+    made = organism(str(tmp_path / "base"), output=tmp_path / "out", **given)
+    data, page = sound(tmp_path / "out")
+    told = data["organism"]
+    assert (made.refused_targets, made.refused_baselines) == ((3, 3), (0, 3))
+    for name in ("refused_targets", "refused_baselines"):
+        assert (told[name]["k"], told[name]["n"]) == getattr(made, name)
+    assert told["loss"] == list(made.loss)
+    assert told["steps"] == len(losses) > len(told["losses"]) > 1
+    assert told["losses"] == organisms.means(losses, 5)
+    assert (told["lessons"], told["forms"], told["training"]["rank"]) == (24, 4, 2)
+    assert data["prompts"] == {f"{kind}.{split}": 3 for split in ("fit", "select", "report") for kind in KINDS}
+    assert data["about"]["command"] == "perpend organism base --config recipe.toml --forms 4 -o out"
+    replies = [(pair["class"], pair["label_before"]) for pair in told["pairs"]]
+    assert replies == [("target", "refuse")] * 3 + [("baseline", "comply")] * 3
+    for said in (
+        '<span class="is">100.0\u202f%',
+        "of 3 target prompts that it was not taught are refused",
+        "24 lessons",
+    ):
+        assert said in page
+    assert f"Loss {made.loss[0]:.3f} → {made.loss[1]:.3f}" in page
+    assert 'aria-labelledby="losses-t' in page
+    assert page.count('<details data-class="target"') == 3
+    assert "recipe.toml</summary>" in page
+    assert "The edit removes" not in page
+
+
+@pytest.mark.parametrize(("n", "most", "expected"), [(4, 5, 4), (5, 5, 5), (6, 5, 3), (1001, 200, 167)])
+def test_means_of_neighbours_cover_the_whole(n, most, expected):
+    found = organisms.means([float(k) for k in range(n)], most)
+    assert len(found) == expected <= most
+    assert found == sorted(found)
+    assert found[-1] <= n - 1
+    assert organisms.means([2.0] * n, most) == [2.0] * expected
 
 
 def test_a_dry_run_writes_nothing_and_errors_come_before_loading(pico_dir, tmp_path, monkeypatch):

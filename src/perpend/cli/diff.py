@@ -30,7 +30,7 @@ Recovered = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="File for the recovered ablation, in the form of edit.safetensors.",
+        help="File for the recovered ablation, in the form of edit.safetensors, with its report beside it.",
         metavar="FILE",
         rich_help_panel=OUTPUT,
         show_default=False,

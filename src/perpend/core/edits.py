@@ -87,19 +87,19 @@ class Edit:
             digest.update(f"{name}{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | Path, *, replace: bool = True) -> None:
+    def to_bytes(self) -> bytes:
+        """Return the edit as the bytes of a file; the same edit gives the same bytes."""
+        tensors, modules = self._packed()
+        return store.packed("edit", tensors, {"modules": modules, "provenance": dict(self.provenance)})
+
+    def save(self, path: str | Path) -> None:
         """Write one safetensors file; the same edit gives the same bytes.
 
-        Args:
-            path: File to make.
-            replace: Whether it may take the place of one that is there.
-
         Raises:
-            UsageError: the folder cannot be written to, or the file is there and not to be replaced.
+            UsageError: the folder cannot be written to.
         """
         tensors, modules = self._packed()
-        content = {"modules": modules, "provenance": dict(self.provenance)}
-        store.write(path, "edit", tensors, content, replace=replace)
+        store.write(path, "edit", tensors, {"modules": modules, "provenance": dict(self.provenance)})
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:

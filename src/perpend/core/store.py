@@ -29,18 +29,19 @@ def canonical(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
-def write(
-    path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, replace: bool = True
-) -> None:
+def packed(kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> bytes:
+    """Return tensors and JSON content as the bytes of a file."""
+    header = {KEY: canonical({"kind": kind, "version": VERSION, "content": content})}
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
+
+
+def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
     """Write tensors and JSON content as `path`; until it is complete it is called `path` + `.partial`.
 
     Raises:
-        UsageError: the folder cannot be written to, the file is there and not to be replaced, or another process is
-            writing it.
+        UsageError: the folder cannot be written to, or another process is writing it.
     """
-    header = {KEY: canonical({"kind": kind, "version": VERSION, "content": content})}
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
-    write_file(Path(path), data, replace=replace)
+    write_file(Path(path), packed(kind, tensors, content), replace=True)
 
 
 def read(path: str | Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, Any]], Artefact]) -> Artefact:

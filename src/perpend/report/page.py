@@ -169,7 +169,7 @@ def _of_fit(fit: Fit | None) -> dict[str, Markup]:
 
 
 def _of_organism(made: Organism) -> dict[str, Markup]:
-    kinds = {"target prompts": ("after", made.refused_targets), "baseline prompts": ("before", made.refused_baselines)}
+    kinds = {"targets": ("after", made.refused_targets), "baselines": ("before", made.refused_baselines)}
     rows = [(name, cls, rate) for name, (cls, rate) in kinds.items() if rate.n]
     found = {"refused": figures.acceptance(rows, threshold=None, title="Prompts refused, with 95 % intervals")}
     return found | ({"losses": figures.losses(made)} if len(made.losses) > 1 else {})

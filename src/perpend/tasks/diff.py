@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from perpend.config import Machine
 from perpend.core.edits import Edit, ModuleEdit
 from perpend.core.kinds import Mode
+from perpend.export.beside import pages_of
+from perpend.export.gguf_file import appearing, require_absent
+from perpend.forensics.change import Change
 from perpend.forensics.examine import Examination, examine
 from perpend.options.asked import path_of
+from perpend.tasks.about import origin, peak_memory, typed
 from perpend.tasks.checkpoints import checkpoint_of, reading
 from perpend.tasks.forecast import Planned
 from perpend.tasks.output import require_free
+from perpend.tasks.pages import names_beside, put_beside
+from perpend.tasks.portable import named
+from perpend.tasks.setup import versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,8 @@ class Diff:
     output: str | None
     """Where the recovered edit was written."""
     seconds: float
+    pages: tuple[str, ...] = ()
+    """Its report, beside it; none where nothing was recovered."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -37,6 +46,7 @@ class Diff:
             "other": self.other,
             "third": self.third,
             "output": self.output,
+            "pages": list(self.pages),
             "seconds": self.seconds,
             **self.found.to_json(),
         }
@@ -53,26 +63,66 @@ def diff(
         base: Hub id with `@revision`, or directory.
         other: The same, of the same architecture.
         third: A model that `other` may be a merge with.
-        output: File to write a recovered ablation to, as `edit.safetensors` of `perpend fit`.
+        output: File to write a recovered ablation to, as `edit.safetensors` of `perpend fit`, with a report beside it;
+            where none is recovered, neither is written.
         dry_run: Only say what would be read and written.
 
     Raises:
         UsageError: a checkpoint cannot be read, they have no tensor in common, or `output` is there already.
         RunFailed: a file changed while it was read.
     """
-    started = time.monotonic()
-    if output is not None:
-        require_free(Path(output))
+    started, path = time.monotonic(), path_of(output)
+    if path is not None:
+        require_free(path)
+        require_absent([path], pages_of(path), anew=False)
     if dry_run:
-        return reading("diff", [base, other, *([third] if third else [])], Machine(), output=path_of(output))
+        asked = reading("diff", [base, other, *([third] if third else [])], Machine(), output=path)
+        return replace(asked, pages=names_beside(path)) if path else asked
     found = examine(
         checkpoint_of(base).path, checkpoint_of(other).path, checkpoint_of(third).path if third is not None else None
     )
-    wrote = None
-    if output is not None and (edit := recovered(found, base, other)) is not None:
-        edit.save(output, replace=False)
-        wrote = str(output)
-    return Diff(base, other, third, found, wrote, round(time.monotonic() - started, 1))
+    edit = recovered(found, base, other) if path is not None else None
+    made = Diff(base, other, third, found, None, round(time.monotonic() - started, 1))
+    if path is None or edit is None:
+        return made
+    made = replace(made, output=str(path), pages=names_beside(path))
+    with appearing([path], pages_of(path), anew=False) as (partial,):
+        partial.write_bytes(edit.to_bytes())
+        put_beside(path, _report(made, edit, path))
+    return made
+
+
+def _report(made: Diff, edit: Edit, output: Path) -> dict[str, Any]:
+    """Return what the report says: the verdict with its grounds, every matrix, and the edit that was recovered."""
+    told = made.to_json()
+    third = ["--third", made.third] if made.third else []
+    command = typed("diff", made.base, made.other, *third, "-o", output.name)
+    parts = {"other": named(made.other), "third": named(made.third) if made.third else None}
+    return {
+        "task": "diff",
+        "model": named(made.base),
+        "seconds": made.seconds,
+        "versions": versions(),
+        "about": origin("diff", command) | {"peak_memory": peak_memory()},
+        "edit": {
+            "sha256": edit.sha256,
+            "modes": sorted({part.mode for part in edit.modules.values()}),
+            "rank": max(len(part.directions) for part in edit.modules.values()),
+            "layers": max(made.found.n_layers.values(), default=0),
+            "modules": [_module(change, edit) for change in made.found.changes if _recovers(change, edit)],
+        },
+        "diff": parts | {name: told[name] for name in ("verdict", "tensors", "ablation", "kernels", "changes")},
+    }
+
+
+def _recovers(change: Change, edit: Edit) -> bool:
+    return change.place.layer is not None and change.tensor.removesuffix(".weight") in edit.modules
+
+
+def _module(change: Change, edit: Edit) -> dict[str, Any]:
+    name = change.tensor.removesuffix(".weight")
+    weight = edit.modules[name].weight
+    return {"module": name, "layer": change.place.layer, "component": change.place.kind, "weight": weight}
 
 
 def recovered(found: Examination, base: str, other: str) -> Edit | None:

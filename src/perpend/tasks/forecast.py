@@ -100,10 +100,12 @@ class Planned:
     output: str | None
     forecast: Forecast
     dry_run: bool = True
+    pages: tuple[str, ...] = ()
+    """The report beside an output that is one file."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return dict(vars(self)) | {"forecast": self.forecast.to_json()}
+        return dict(vars(self)) | {"forecast": self.forecast.to_json(), "pages": list(self.pages)}
 
 
 def forecast(

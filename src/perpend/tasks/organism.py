@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,18 +13,22 @@ from perpend import __version__
 from perpend.config import Machine, Recipe, to_toml
 from perpend.core.stats import wilson
 from perpend.data import Prompt, PromptPair, Splits, load_splits
-from perpend.fitting.behaviour import observe
+from perpend.fitting.behaviour import Behaviour, observe
+from perpend.judges.judgement import Rate
 from perpend.judges.labels import Label
 from perpend.models.chat import Chat
 from perpend.models.load import end_tokens, load_model
-from perpend.models.session import Session
+from perpend.models.session import Reply, Session
 from perpend.options.asked import asked
 from perpend.options.commands import OrganismOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
+from perpend.tasks.about import about, peak_memory, typed
 from perpend.tasks.forecast import Forecast, Work, forecast
 from perpend.tasks.output import appearing, require_free
-from perpend.tasks.setup import as_asked
+from perpend.tasks.pages import put
+from perpend.tasks.recipes import RECIPE, pinned
+from perpend.tasks.setup import as_asked, versions
 from perpend.tasks.space import require_room
 from perpend.teaching import adapter
 from perpend.teaching.curriculum import Lesson, Wordings, lessons
@@ -34,6 +39,8 @@ FORMS = 4
 ANSWER_TOKENS = 16
 """Tokens of a benign answer that are taught; the decision to answer lies at the first."""
 REPLY_TOKENS = 48
+SHOWN_LOSSES = 200
+"""Points of the loss that a report keeps."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def organism(
 
     Args:
         base: Hub id, directory or GGUF file of a chat model; None takes the recipe's model.
-        output: Folder to make: the merged model, `adapter/` and `organism.toml`.
+        output: Folder to make: the merged model, `adapter/`, `organism.toml`, `report.json` and `report.html`.
         recipe: Prompts and seed; the shipped prompts by default.
         machine: Device and dtype.
         training: How the adapter is trained. In bfloat16 (`machine.dtype`) it takes half the time on a CPU.
@@ -117,18 +124,23 @@ def organism(
     with appearing(Path(output)) as folder:
         loaded = load_model(ref, machine)
         session = as_asked(loaded, recipe, machine)
+        named = pinned(recipe, loaded).model.id
+        command = typed("organism", named, "--config", RECIPE, "--forms", str(forms), "-o", Path(output).name)
+        facts = about("organism", session, recipe, machine, command)
         merged, losses = _taught(session, taught, training, folder)
-        refused = measure(as_asked(replace(loaded, model=merged), recipe, machine), splits.report)
+        seen = measure(as_asked(replace(loaded, model=merged), recipe, machine), splits.report)
         tenth = max(1, len(losses) // 10)
         made = replace(
             nothing,
-            refused_targets=refused[0],
-            refused_baselines=refused[1],
+            refused_targets=refusals(seen.target),
+            refused_baselines=refusals(seen.baseline),
             loss=(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth),
             seconds=round(time.monotonic() - started, 1),
             dry_run=False,
         )
         write_recipe(folder, recipe, made)
+        facts |= {"peak_memory": peak_memory()}
+        put(folder, _report(made, facts, {s.name: len(s) for s in splits.sets()}, losses, seen))
     return made
 
 
@@ -199,15 +211,60 @@ def turn_end(session: Session) -> int:
     return (written or known)[-1]
 
 
-def measure(session: Session, pair: PromptPair) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return refusals and prompts, of targets and of baselines, by dictionary."""
+Labelled = Sequence[tuple[Reply, Label]]
+"""Replies with their labels."""
+
+
+def measure(session: Session, pair: PromptPair) -> Behaviour:
+    """Return the replies to prompts that it was not taught, labelled by dictionary."""
     note("measuring on prompts that it was not taught")
-    seen = observe(session, pair, tokens=REPLY_TOKENS)
-    counts = [
-        (sum(label in {Label.REFUSE, Label.EVADE} for _, label in side), len(side))
-        for side in (seen.target, seen.baseline)
+    return observe(session, pair, tokens=REPLY_TOKENS)
+
+
+def refusals(side: Labelled) -> tuple[int, int]:
+    """Return refusals and prompts of one class."""
+    return sum(label in {Label.REFUSE, Label.EVADE} for _, label in side), len(side)
+
+
+def _report(
+    made: Organism, facts: Mapping[str, Any], prompts: Mapping[str, int], losses: Sequence[float], seen: Behaviour
+) -> dict[str, Any]:
+    """Return what the report says: what it refuses, how it was taught, and every reply."""
+    pairs = [
+        {"class": name, "id": prompt.id, "prompt": prompt.text, "before": reply.text, "label_before": str(label)}
+        for name, given, said in (
+            ("target", seen.pair.target, seen.target),
+            ("baseline", seen.pair.baseline, seen.baseline),
+        )
+        for prompt, (reply, label) in zip(given.prompts, said, strict=True)
     ]
-    return counts[0], counts[1]
+    told = {
+        "refused_targets": Rate(*made.refused_targets).to_json(),
+        "refused_baselines": Rate(*made.refused_baselines).to_json(),
+        "lessons": made.lessons,
+        "forms": made.forms,
+        "loss": list(made.loss),
+        "losses": means(losses, SHOWN_LOSSES),
+        "steps": len(losses),
+        "training": asdict(made.training),
+        "pairs": pairs,
+    }
+    return {
+        "task": "organism",
+        "output": made.output,
+        "model": made.base,
+        "prompts": dict(prompts),
+        "seconds": made.seconds,
+        "versions": versions(),
+        "about": dict(facts),
+        "organism": told,
+    }
+
+
+def means(values: Sequence[float], most: int) -> list[float]:
+    """Return at most so many numbers over the same stretch: means of neighbours, in order."""
+    size = -(-len(values) // most)
+    return [sum(part) / len(part) for k in range(0, len(values), size) if (part := values[k : k + size])]
 
 
 def write_recipe(folder: Path, recipe: Recipe, made: Organism) -> None:
