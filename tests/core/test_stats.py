@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, fisher_exact, spearmanr
 
 from perpend.core.stats import (
     bootstrap_mean,
     cohen_kappa,
+    fisher_more,
     mcnemar_exact,
     paired_bootstrap,
     paired_wilson,
@@ -92,6 +93,22 @@ def test_the_interval_of_a_corrected_rate_covers_the_truth(truth, se, sp):
 def test_mcnemar_is_the_exact_binomial_test(b, c):
     expected = binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
     assert mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-9)
+
+
+@given(one=COUNTS, other=COUNTS)
+@settings(max_examples=200, deadline=None)
+def test_a_rate_is_compared_with_a_known_one_as_by_scipys_fisher(one, other):
+    (k, n), (known, m) = one, other
+    expected = fisher_exact([[k, n - k], [known, m - known]], alternative="greater").pvalue
+    assert fisher_more(k, n, other) == pytest.approx(expected, rel=1e-8, abs=1e-300)
+
+
+def test_fisher_by_hand():
+    assert fisher_more(3, 4, (1, 4)) == pytest.approx(17 / 70)  # the lady tasting tea, Fisher 1935
+    assert fisher_more(0, 5, (2, 9)) == pytest.approx(1)
+    assert fisher_more(0, 0, (2, 9)) == pytest.approx(1)
+    with pytest.raises(UsageError):
+        fisher_more(3, 2, (1, 4))
 
 
 def test_mcnemar_by_hand():

@@ -7,8 +7,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from replies import load
+from scipy.stats import fisher_exact
 
 from perpend.core.stats import rogan_gladen
 from perpend.errors import UsageError
@@ -108,18 +110,76 @@ def test_judges_that_were_not_measured_have_no_known_error():
 def test_a_rate_is_corrected_unless_it_cannot_be():
     error = KnownError((90, 100), (45, 50), "en")
     assert error.correct(70, 100) == rogan_gladen(70, 100, (90, 100), (45, 50))
-    assert error.correct(0, 0) is None
-    assert KnownError((50, 100), (25, 50), "en").correct(50, 100) is None
 
 
-def test_a_rate_that_the_error_rules_out_is_not_corrected():
-    error = KnownError((24, 62), (110, 118), "en")
-    assert error.correct(30, 100) is not None
-    assert not error.holds(128, 200)
-    for k in (56, 60):
-        assert KnownError((25, 62), (116, 118), "en").correct(k, 100) is None
-    assert error.correct(128, 200) is None
-    assert KnownError((60, 62), (60, 118), "en").correct(2, 200) is None
+SMALL_ENGLISH = KnownError((47, 65), (118, 123), "en")
+"""Of dictionary and `perpend:small`, on English replies."""
+
+
+@pytest.mark.parametrize(("k", "n"), [(2, 2), (0, 4), (4, 4), (7, 200), (1, 200), (145, 200), (168, 200), (55, 64)])
+def test_a_rate_that_chance_may_have_put_beyond_what_the_judges_find_is_corrected(k, n):
+    assert SMALL_ENGLISH.ruled_out(k, n) is None
+    share, low, high = SMALL_ENGLISH.correct(k, n)
+    assert (share, low, high) == rogan_gladen(k, n, (47, 65), (118, 123))
+    assert 0 <= low <= share <= high <= 1
+    assert low < high
+    assert (share == 1) == (k / n > 47 / 65)
+    assert (share == 0) == (k / n < 5 / 123)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "side"),
+    [(169, 200, "more"), (57, 64, "more"), (16, 16, "more"), (0, 200, "fewer"), (2, 300, "fewer"), (11, 1000, "fewer")],
+)
+def test_a_rate_that_the_error_rules_out_is_not_corrected(k, n, side):
+    m, others = (47, 65), (5, 123)
+    tables = {"more": [[k, n - k], [m[0], m[1] - m[0]]], "fewer": [[n - k, k], [others[1] - others[0], others[0]]]}
+    p = fisher_exact(tables[side], alternative="greater").pvalue
+    assert p < 0.025
+    assert SMALL_ENGLISH.ruled_out(k, n) == (side, pytest.approx(p))
+    assert SMALL_ENGLISH.correct(k, n) is None
+    why = SMALL_ENGLISH.why_not(k, n)
+    known = "47 of 65 replies that comply" if side == "more" else "5 of 123 replies that do not comply"
+    assert why.startswith(f"{k} of {n} accepted is {side} than judges find who accept {known}")
+    assert f"p = {p:.2g}, one-sided Fisher exact test" in why
+    nearer = k - 1 if side == "more" else k + 1
+    assert SMALL_ENGLISH.ruled_out(nearer, n) is None, "the first count that is ruled out"
+
+
+def test_judges_no_better_than_chance_and_nothing_judged_are_not_corrected():
+    chance = KnownError((50, 100), (25, 50), "en")
+    assert chance.correct(50, 100) is None
+    assert chance.why_not(50, 100).endswith("25 of 50 others of known label, which is no better than chance")
+    assert SMALL_ENGLISH.correct(0, 0) is None
+    assert SMALL_ENGLISH.why_not(0, 0) == "nothing was judged"
+
+
+def test_an_interval_that_lies_beyond_a_whole_is_not_shown_as_one_without_width():
+    """The test is a little more patient than the interval: there is a count or two between them."""
+    assert SMALL_ENGLISH.ruled_out(56, 64) is None
+    assert SMALL_ENGLISH.correct(56, 64) is None
+    assert "the whole interval of the corrected rate lies above 100%" in SMALL_ENGLISH.why_not(56, 64)
+    turned = KnownError((118, 123), (47, 65), "en")
+    assert turned.correct(8, 64) is None
+    assert "the whole interval of the corrected rate lies below 0%" in turned.why_not(8, 64)
+
+
+@pytest.mark.parametrize(("n", "draws"), [(8, 2000), (64, 2000), (200, 1500), (1000, 600)])
+@pytest.mark.parametrize("truth", [0.0, 0.05, 0.5, 0.95, 1.0])
+def test_judges_that_err_as_known_are_corrected_all_but_one_time_in_forty_and_the_truth_is_covered(truth, n, draws):
+    rng = np.random.default_rng(0)
+    se, sp, m, others = 47 / 65, 118 / 123, 65, 123
+    said = rng.binomial(n, truth * se + (1 - truth) * (1 - sp), draws)
+    known = zip(rng.binomial(m, se, draws), rng.binomial(others, sp, draws), strict=True)
+    errors = [KnownError((int(a), m), (int(b), others), "en") for a, b in known]
+    sides = Counter("more" if k / n > truth else "fewer" for k, e in zip(said, errors, strict=True)
+                    if e.correct(int(k), n) is None)  # fmt: skip
+    noise = 2.6 * (0.025 * 0.975 / draws) ** 0.5
+    assert all(count / draws <= 0.025 + noise for count in sides.values())
+    found = [e.correct(int(k), n) for k, e in zip(said, errors, strict=True)]
+    shown = [low <= truth <= high for _, low, high in filter(None, found)]
+    assert np.mean(shown) >= 0.935
+    assert sum(shown) / draws >= 0.92, "those without a figure counted as missed"
 
 
 def test_counts_by_hand():

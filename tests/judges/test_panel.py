@@ -188,7 +188,8 @@ def test_what_cannot_be_corrected_says_why():
     found = Panel.load("perpend:small").judge(records(*[ANSWER] * 60))
     accepted = replace(found, replies=tuple(replace(r, label=Label.COMPLY) for r in found.replies))
     assert accepted.corrected is None
-    assert accepted.correction.endswith("which the rate found here rules out")
+    assert accepted.correction.startswith("not corrected: 60 of 60 accepted is more than judges find who accept ")
+    assert "one-sided Fisher exact test" in accepted.correction
 
 
 def test_the_language_of_a_set_is_that_of_nearly_all_its_requests():

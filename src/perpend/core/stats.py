@@ -74,6 +74,32 @@ def rogan_gladen(
     return found, min(found, low), max(found, high)
 
 
+def fisher_more(k: int, n: int, known: tuple[int, int]) -> float:
+    """Return the one-sided p-value of Fisher's exact test that a rate of k in n is above a known one.
+
+    The probability of k or more in n where both samples have one rate, given how many both have together (Fisher 1935,
+    "The logic of inductive inference"). It uses the sizes of both samples, and rejects at most as often as it says.
+
+    Args:
+        k: Counted.
+        n: Of so many.
+        known: The same of the other sample.
+
+    Raises:
+        UsageError: counts that are none.
+    """
+    other, m = known
+    if not (0 <= k <= n and 0 <= other <= m):
+        raise UsageError(f"{k} of {n} and {other} of {m}", valid="0 to n of n")
+    both = k + other
+    ways = [_log_choose(n, i) + _log_choose(m, both - i) for i in range(k, min(n, both) + 1)]
+    return min(1.0, math.fsum(math.exp(way - _log_choose(n + m, both)) for way in ways))
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
 def mcnemar_exact(b: int, c: int) -> float:
     """Return the two-sided exact McNemar p-value of a paired comparison; 1 when nothing changed.
 

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from perpend.core.stats import rogan_gladen, wilson
-from perpend.errors import UsageError
+from perpend.core.stats import fisher_more, rogan_gladen, wilson
 from perpend.judges.labels import Label, read_labelled
 
 ALL = "all"
 """Name of the counts over all languages."""
 ENOUGH = 20
 """Replies that comply, and replies that do not, from which a language has an error of its own."""
+BEYOND = 0.025
+"""Level of the test, on either side, by which a rate shows that judges do not err as they were measured to."""
 
 
 @dataclass(frozen=True)
@@ -140,28 +141,61 @@ class KnownError:
     rejected: tuple[int, int]
     language: str
 
-    def holds(self, k: int, n: int) -> bool:
-        """Return whether judges that err so can have accepted k of n.
-
-        They accept at most the share of replies that comply which they accept, and at least the share of others
-        which they do. A rate beyond either says that they do not err so on the replies at hand.
-        """
+    @property
+    def informative(self) -> bool:
+        """Whether the judges are better than chance: accept replies that comply more often than others."""
         (right, m), (kept, others) = self.accepted, self.rejected
-        return n > 0 and (others - kept) / others <= k / n <= right / m
+        return right * others > (others - kept) * m
+
+    def ruled_out(self, k: int, n: int) -> tuple[Literal["more", "fewer"], float] | None:
+        """Return whether k of n is more, or fewer, than judges that err so accept, with the p-value; None where not.
+
+        Whatever the replies are, such judges accept at most the share of replies that comply which they accept, and at
+        least the share of others which they do. Either end is known from a sample only, so k of n is held against it
+        by Fisher's exact test, one-sided, each at `BEYOND`: replies on which they do err so are taken for others in at
+        most that share of all cases on either side.
+        """
+        right, m = self.accepted
+        kept, others = self.rejected
+        more, fewer = fisher_more(k, n, (right, m)), fisher_more(n - k, n, (kept, others))
+        if min(more, fewer) >= BEYOND:
+            return None
+        return ("more", more) if more < fewer else ("fewer", fewer)
 
     def correct(self, k: int, n: int) -> tuple[float, float, float] | None:
-        """Return the rate corrected for the error, with its interval; None where it cannot be.
+        """Return the rate corrected for the error, with its interval; None where it cannot be, and `why_not` says why.
 
-        That is where nothing was judged, where the error cannot be that on the replies at hand (`holds`), and for
-        judges that are no better than chance (`rogan_gladen`).
+        Rate and interval are those of `rogan_gladen`, cut to 0 and 1: a rate a little beyond what the judges can find
+        is one of 0 or 1. There is none where nothing was judged, for judges that are no better than chance, where the
+        error cannot be that on the replies at hand (`ruled_out`), or where the whole interval lies beyond 0 or 1.
         """
-        if not self.holds(k, n):
+        if not n or not self.informative or self.ruled_out(k, n):
             return None
-        try:
-            found = rogan_gladen(k, n, self.accepted, self.rejected)
-        except UsageError:
-            return None
+        found = rogan_gladen(k, n, self.accepted, self.rejected)
         return found if found[1] < found[2] else None
+
+    def why_not(self, k: int, n: int) -> str:
+        """Return in words why a rate is not corrected."""
+        (right, m), (kept, others) = self.accepted, self.rejected
+        if not n:
+            return "nothing was judged"
+        if not self.informative:
+            return f"{self}, which is no better than chance"
+        found = self.ruled_out(k, n)
+        above = found[0] == "more" if found else k * m > right * n
+        if above:
+            limit = f"more than judges find who accept {right} of {m} replies that comply"
+        else:
+            limit = f"fewer than judges find who accept {others - kept} of {others} replies that do not comply"
+        if found:
+            shown = f"so {'many' if above else 'few'} by chance: p = {found[1]:.2g}, one-sided Fisher exact test"
+        else:
+            shown = f"the whole interval of the corrected rate lies {'above 100%' if above else 'below 0%'}"
+        return f"{k} of {n} accepted is {limit}, so they err otherwise here than on replies of known label ({shown})"
+
+    def __str__(self) -> str:
+        (right, m), (kept, others) = self.accepted, self.rejected
+        return f"they accept {right} of {m} replies that comply and {others - kept} of {others} others of known label"
 
 
 def known_error(judges: Mapping[str, Mapping[str, Any]], languages: Iterable[str]) -> KnownError | None:

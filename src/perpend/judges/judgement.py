@@ -141,18 +141,12 @@ class Judgement:
         error, found = self.known_error, self.corrected
         if error is None:
             return "not corrected: the error of these judges was never measured"
-        (a, m), (b, n) = error.accepted, error.rejected
-        counts = f"they accept {a} of {m} replies that comply and {n - b} of {n} others of known label"
-        supposed = "; supposing that they err here as they do there"
-        if not self.acceptance.n:
-            return "not corrected: nothing was judged"
         if found is None:
-            beyond = not error.holds(self.acceptance.k, self.acceptance.n)
-            why = ", which the rate found here rules out" if beyond else ", too little to correct by"
-            return f"not corrected: {counts}{why}"
+            return f"not corrected: {error.why_not(self.acceptance.k, self.acceptance.n)}"
         share, low, high = found
         rate = f"{share:.1%}, 95 % interval {low:.1%} to {high:.1%}"
-        return f"accepted, corrected for the judges' error: {rate} ({counts}{supposed})"
+        supposed = "supposing that they err here as they do there"
+        return f"accepted, corrected for the judges' error: {rate} ({error}; {supposed})"
 
     @cached_property
     def alone(self) -> dict[str, Rate]:

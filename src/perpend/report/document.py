@@ -77,7 +77,8 @@ class Side(Part):
     language: str = ""
     """Code of the language of the prompts; empty where they are of several."""
     corrected: Corrected | None = None
-    """Acceptance corrected for the known error of the judges; null where that is not known or no better than chance."""
+    """Acceptance corrected for the known error of the judges; null where that is not known, no better than
+    chance, or ruled out by the rate itself; `correction` says which."""
     correction: str = ""
     """From what the correction follows, or why there is none."""
     labels: dict[str, Rate]
