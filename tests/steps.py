@@ -12,12 +12,14 @@ class Told:
     Attributes:
         label: Its label.
         total: Units in all.
+        unit: What they are.
         moves: By how many units it was moved on, each time.
         finished: It was closed.
     """
 
     label: str
     total: int | None
+    unit: str
     moves: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -29,8 +31,8 @@ class Steps:
     steps: list[Told] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def start(self, label: str, total: int | None) -> int:
-        self.steps.append(Told(label, total))
+    def start(self, label: str, total: int | None, unit: str = "") -> int:
+        self.steps.append(Told(label, total, unit))
         return len(self.steps) - 1
 
     def advance(self, task: int, amount: int = 1) -> None:

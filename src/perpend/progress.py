@@ -10,16 +10,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
+
+Unit = Literal["", "B"]
+"""What is counted: things that the label names, or bytes."""
 
 
 class Reporter(Protocol):
     """What a terminal, a log or a test offers to long steps."""
 
-    def start(self, label: str, total: int | None) -> int:
-        """Open a task of `total` units (None: unknown) and return its handle."""
+    def start(self, label: str, total: int | None, unit: Unit = "") -> int:
+        """Open a task of `total` units (None: unknown), things or bytes, and return its handle."""
 
     def advance(self, task: int, amount: int = 1) -> None:
         """Move a task on by `amount` units."""
@@ -35,7 +38,7 @@ class Reporter(Protocol):
 
 
 class _Silent:
-    def start(self, label: str, total: int | None) -> int:
+    def start(self, label: str, total: int | None, unit: Unit = "") -> int:
         return 0
 
     def advance(self, task: int, amount: int = 1) -> None: ...
@@ -71,7 +74,12 @@ def standing(message: str) -> None:
 
 
 def track(
-    items: Iterable[T], label: str, *, total: int | None = None, size: Callable[[T], int] | None = None
+    items: Iterable[T],
+    label: str,
+    *,
+    total: int | None = None,
+    size: Callable[[T], int] | None = None,
+    unit: Unit = "",
 ) -> Iterator[T]:
     """Yield `items`, advancing a progress task by `size(item)` (default 1) after each.
 
@@ -80,11 +88,12 @@ def track(
         label: A short verb phrase, shown left of the bar.
         total: Units in all; `len(items)` when it has one and `size` is not given.
         size: Units that one item stands for, such as the rows of a batch.
+        unit: What the units are: things, or bytes.
     """
     if total is None and size is None and isinstance(items, Sized):
         total = len(items)
     reporter = _reporter.get()
-    task = reporter.start(label, total)
+    task = reporter.start(label, total, unit)
     try:
         for item in items:
             yield item
@@ -94,15 +103,16 @@ def track(
 
 
 @contextmanager
-def meter(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def meter(label: str, total: int | None, unit: Unit = "") -> Iterator[Callable[[int], None]]:
     """Yield a function that moves a progress task on to so many units; for work that others do as well.
 
     Args:
         label: A short noun or verb phrase, shown left of the bar.
         total: Units in all.
+        unit: What they are: things, or bytes.
     """
     reporter = _reporter.get()
-    task, done = reporter.start(label, total), 0
+    task, done = reporter.start(label, total, unit), 0
 
     def reach(units: int) -> None:
         nonlocal done

@@ -176,7 +176,7 @@ def without_secrets(said: str, token: str | None) -> str:
 
 @contextmanager
 def _download(name: str, where: str, wanted: dict[str, Any] | None) -> Iterator[Any]:
-    """Yield what the hub's client takes for `tqdm`: a step in MiB of what the cache lacks, where it lacks any.
+    """Yield what the hub's client takes for `tqdm`: a step in bytes of what the cache lacks, where it lacks any.
 
     Args:
         name: The repository.
@@ -195,13 +195,13 @@ def _download(name: str, where: str, wanted: dict[str, Any] | None) -> Iterator[
         yield bar
         return
     note(f"fetching {where}: {len(lacking)} file{'s' * (len(lacking) > 1)}, {units.size(sum(lacking))}")
-    with meter("download, MiB", max(1, sum(lacking) >> 20)) as reach:
+    with meter("download", sum(lacking), "B") as reach:
 
         class Bytes(Bar):
             """Of what it counts, bytes alone are shown."""
 
             def __init__(self, *args: Any, unit: str = "", **options: Any) -> None:
-                super().__init__(*args, moved=(lambda n: reach(n >> 20)) if unit == "B" else None, **options)
+                super().__init__(*args, moved=reach if unit == "B" else None, **options)
 
         yield Bytes
 

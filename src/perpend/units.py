@@ -16,5 +16,9 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Return bytes as GB, with MB for less than 100 MB."""
+    """Return bytes as GB, as MB for less than 100 MB, as kB for less than one, as B for less than one of these."""
+    if value < 999.5:
+        return f"{value:.0f} B"
+    if value < 999.5e3:
+        return f"{value / 1e3:.0f} kB"
     return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"

@@ -139,7 +139,8 @@ def test_durations_read_well():
 
 
 def test_sizes_read_well():
-    assert [size(n) for n in (250_000, 99_900_000, 540_000_000, 17e9)] == ["0.2 MB", "99.9 MB", "0.5 GB", "17.0 GB"]
+    assert [size(n) for n in (0, 999, 211_143, 999_600)] == ["0 B", "999 B", "211 kB", "1.0 MB"]
+    assert [size(n) for n in (99_900_000, 540_000_000, 17e9)] == ["99.9 MB", "0.5 GB", "17.0 GB"]
 
 
 def test_a_table_goes_to_a_pipe_without_colour_or_trailing_spaces(cli):

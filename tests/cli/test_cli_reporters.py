@@ -69,6 +69,30 @@ def test_rates_read_well():
     assert [per_second(r) for r in (120.4, 3.21, 0.1, 0)] == ["120/s", "3.2/s", "6.0/min", "0.0/s"]
 
 
+def test_bytes_have_their_unit_in_lines_and_in_the_live_display():
+    lines, clock, stream = [], Clock(), io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, no_color=True)
+    for reporter in (Lines(lines.append, clock), Live(console, clock)):
+        with reporting(reporter):
+            for part in track([200_000, 11_143], "export", total=211_143, size=int, unit="B"):
+                clock.now += 16 if part > 100_000 else 1
+                if isinstance(reporter, Live):
+                    reporter._progress.refresh()
+    assert lines == [
+        "export: 211 kB to do",
+        "export: 200 kB of 211 kB, 12 kB/s, 891 ms left",
+        "export: 211 kB in 17.0 s",
+    ]
+    shown = stream.getvalue()
+    assert "200 kB/211 kB" in shown
+    assert "export: 211 kB in 17.0 s" in shown
+    assert "211143" not in shown
+    with reporting(Lines(lines.append, clock)):
+        for _ in track([5_000_000] * 2, "upload", total=20_000_000, size=int, unit="B"):
+            pass
+    assert lines[-1].startswith("upload: stopped at 10.0 MB of 20.0 MB")
+
+
 def test_the_live_display_leaves_one_line_per_long_task_and_a_visible_cursor():
     stream, clock = io.StringIO(), Clock()
     live = Live(Console(file=stream, force_terminal=True, width=80, no_color=True), clock)

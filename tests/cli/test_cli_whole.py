@@ -98,7 +98,7 @@ def test_chat_reads_lines_and_answers(cli, model, monkeypatch):
     (turn,) = cli("chat", model, "--max-new-tokens", "4", "--json").json["turns"]
     assert turn["user"] == "Hello"
     assert list(turn["answers"]) == ["base"]
-    assert "MB" in cli("chat", model, "--dry-run").out
+    assert "211 kB" in cli("chat", model, "--dry-run").out
 
 
 def test_answers_cannot_steer_the_terminal(cli, model, monkeypatch):

@@ -21,6 +21,8 @@ from perpend.export import shards, staging
 from perpend.export.checkpoint import INDEX, SINGLE, Checkpoint
 from perpend.export.shards import bake
 from perpend.models.anatomy import Anatomy
+from perpend.progress import reporting
+from steps import Steps
 
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3")
 
@@ -72,6 +74,13 @@ def test_reloaded_export_answers_as_hooks_do(tmp_path, family, shape):
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
     untouched(case.source, tmp_path / "out", result.edited)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_export_is_a_step_in_bytes_of_what_it_writes(llama, tmp_path):
+    with reporting(Steps()) as told:
+        llama.bake(tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert [(step.total, step.unit) for step in told.named("export")] == [(written, "B")]
 
 
 @pytest.mark.parametrize("mode", ["plain", "column", "row"])

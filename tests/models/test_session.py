@@ -357,7 +357,7 @@ class Notes:
         self.said: list[str] = []
         self.done = 0
 
-    def start(self, label: str, total: int | None) -> int:
+    def start(self, label: str, total: int | None, unit: str = "") -> int:
         return 0
 
     def advance(self, task: int, amount: int = 1) -> None:

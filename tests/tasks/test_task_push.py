@@ -19,6 +19,8 @@ from hub import Hub, Repo, serving
 from perpend.cli.main import main
 from perpend.config import Recipe, load, to_toml
 from perpend.errors import RunFailed, UsageError
+from perpend.progress import reporting
+from steps import Steps
 
 CARD = "---\nbase_model:\n- owner/base\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# An edit\n"
 REPLIES = {"report.html", "report.json", "after.jsonl", "vocab.gguf.report.json", "vocab.gguf.report.html"}
@@ -71,7 +73,10 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_an_output_arrives_whole_private_and_without_replies(hub: Hub, out: Path) -> None:
-    made = perpend.push(out, "owner/edit")
+    with reporting(Steps()) as told:
+        made = perpend.push(out, "owner/edit")
+    size = sum(file.size for file in made.files)
+    assert [(step.total, step.unit) for step in told.named("upload")] == [(size, "B")]
     repo = hub.repos["owner/edit"]
     assert repo.private
     assert len(repo.commits) == 1

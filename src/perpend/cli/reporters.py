@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -22,7 +21,8 @@ from rich.progress import (
 from rich.text import Text
 
 from perpend.cli.text import printable
-from perpend.units import seconds
+from perpend.progress import Unit
+from perpend.units import seconds, size
 
 EVERY = 15.0
 """Seconds between two plain lines."""
@@ -39,6 +39,7 @@ class Step:
         total: Units in all, None when unknown.
         began: Clock at the start, in seconds.
         outermost: No other task was open when it started.
+        unit: What the units are.
         done: Units done.
         told: A line about it has been printed.
     """
@@ -47,6 +48,7 @@ class Step:
     total: int | None
     began: float
     outermost: bool
+    unit: Unit = ""
     done: int = 0
     told: bool = False
 
@@ -58,19 +60,27 @@ class Step:
     def standing(self, now: float) -> str:
         """Return where the task stands: done, rate and time left."""
         rate = self.rate(now)
-        of = f" of {self.total}" if self.total else ""
+        of = f" of {amount(self.total, self.unit)}" if self.total else ""
         left = f", {seconds((self.total - self.done) / rate)} left" if self.total and rate else ""
-        return f"{self.label}: {self.done}{of}, {per_second(rate)}{left}"
+        return f"{self.label}: {amount(self.done, self.unit)}{of}, {per_second(rate, self.unit)}{left}"
 
     def closing(self, now: float) -> str:
         """Return what was done in how long."""
-        stopped = self.total is not None and self.done < self.total
-        done = f"stopped at {self.done} of {self.total}" if stopped else f"{self.done}"
+        done = amount(self.done, self.unit)
+        if self.total is not None and self.done < self.total:
+            done = f"stopped at {done} of {amount(self.total, self.unit)}"
         return f"{self.label}: {done} in {seconds(now - self.began)}"
 
 
-def per_second(rate: float) -> str:
-    """Return a rate with the unit that reads best: `12/s`, `1.4/s`, `6.0/min`."""
+def amount(units: float, unit: Unit) -> str:
+    """Return so many units: `12`, or `211 kB` of bytes."""
+    return size(units) if unit == "B" else f"{units:.0f}"
+
+
+def per_second(rate: float, unit: Unit = "") -> str:
+    """Return a rate with the unit that reads best: `12/s`, `1.4/s`, `6.0/min`; `211 kB/s` of bytes."""
+    if unit == "B":
+        return f"{size(rate)}/s"
     if rate >= 10:
         return f"{rate:.0f}/s"
     return f"{rate:.1f}/s" if rate >= 0.5 or rate == 0 else f"{rate * 60:.1f}/min"
@@ -85,13 +95,13 @@ class Lines:
         self._next, self._last = 0, clock()
         self._stood, self._standing = -math.inf, ""
 
-    def start(self, label: str, total: int | None) -> int:
+    def start(self, label: str, total: int | None, unit: Unit = "") -> int:
         """Open a task."""
         self._next += 1
-        step = Step(printable(label), total, self._clock(), outermost=not self._steps)
+        step = Step(printable(label), total, self._clock(), outermost=not self._steps, unit=unit)
         self._steps[self._next] = step
         if step.outermost:
-            self._say(step, f"{step.label}: {total} to do" if total else f"{step.label}: started")
+            self._say(step, f"{step.label}: {amount(total, unit)} to do" if total else f"{step.label}: started")
         return self._next
 
     def advance(self, task: int, amount: int = 1) -> None:
@@ -131,9 +141,17 @@ class Lines:
         self._write(line)
 
 
+class _Done(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        total = "?" if task.total is None else amount(task.total, unit)
+        done = amount(task.completed, unit)
+        return Text(f"{done:>{len(total)}}/{total}", style="progress.download")
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(per_second(task.speed) if task.speed else "", style="dim")
+        return Text(per_second(task.speed, task.fields["unit"]) if task.speed else "", style="dim")
 
 
 class _Bars(Progress):
@@ -154,15 +172,15 @@ class Live:
         self._console, self._clock = console, clock
         self._steps: dict[int, Step] = {}
         label = TextColumn("{task.description}", markup=False)
-        columns = (label, BarColumn(bar_width=28), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(compact=True))
+        columns = (label, BarColumn(bar_width=28), _Done(), _Rate(), TimeRemainingColumn(compact=True))
         self._progress = _Bars(*columns, console=console, transient=True, refresh_per_second=5, redirect_stdout=False)
 
-    def start(self, label: str, total: int | None) -> int:
+    def start(self, label: str, total: int | None, unit: Unit = "") -> int:
         """Open a task."""
         if not self._steps:
             self._progress.start()
-        task = self._progress.add_task(printable(label), total=total)
-        self._steps[task] = Step(printable(label), total, self._clock(), outermost=not self._steps)
+        task = self._progress.add_task(printable(label), total=total, unit=unit)
+        self._steps[task] = Step(printable(label), total, self._clock(), outermost=not self._steps, unit=unit)
         return task
 
     def advance(self, task: int, amount: int = 1) -> None:
@@ -217,7 +235,7 @@ class Live:
 class Quiet:
     """Nothing at all."""
 
-    def start(self, label: str, total: int | None) -> int:
+    def start(self, label: str, total: int | None, unit: Unit = "") -> int:
         """Open a task."""
         return 0
 

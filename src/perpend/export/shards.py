@@ -152,7 +152,9 @@ def bake(
     cost = [Cost()]
     with staged(out, total) as folder:
         try:
-            for _ in track(_write(checkpoint, folder, copies, patches, cost), "export", total=total, size=int):
+            for _ in track(
+                _write(checkpoint, folder, copies, patches, cost), "export", total=total, size=int, unit="B"
+            ):
                 pass
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror}; what is there is kept", where=str(folder)) from error

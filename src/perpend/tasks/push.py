@@ -197,8 +197,8 @@ def _sent(api: HfApi, folder: Path, files: Sequence[Sent], repo: str, revision: 
         CommitOperationAdd(file.name, file.data if file.data is not None else folder / file.name) for file in files
     ]
     steps = zip(operations, files, strict=True)
-    total = sum(file.size for file in files) >> 20
-    for operation, _ in track(steps, "upload, MiB", total=total, size=lambda step: step[1].size >> 20):
+    total = sum(file.size for file in files)
+    for operation, _ in track(steps, "upload", total=total, size=lambda step: step[1].size, unit="B"):
         api.preupload_lfs_files(repo, [operation], revision=revision, free_memory=False)
     return api.create_commit(
         repo, operations, commit_message=f"Upload with Perpend {__version__}", revision=revision
