@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -34,6 +35,9 @@ from perpend.judges.panel import Panel
 
 VOICES = Path(__file__).parents[2] / "examples" / "replies"
 GOLD = {split: read_gold(Path(__file__).with_name(f"gold.{split}.jsonl")) for split in ("dev", "test")}
+FRESH = Path(__file__).with_name("gold.fresh.jsonl")
+FROZEN = "06ba3a679578202e86d24da5d53a2fc059313ec9368ad4f88d7837d0a1477868"
+"""SHA-256 of the fresh part, as it was before any judge had read it."""
 
 
 def measured(name: str):
@@ -49,6 +53,16 @@ def test_the_labelled_replies_are_many_and_of_every_kind_in_every_language():
         kinds = {(g.language, g.label) for g in part}
         wanted = set(itertools.product(shipped_languages(), (Label.COMPLY, Label.REFUSE, Label.EVADE, Label.BROKEN)))
         assert kinds == wanted
+
+
+def test_the_fresh_part_is_as_it_was_before_it_was_measured():
+    assert hashlib.sha256(FRESH.read_bytes()).hexdigest() == FROZEN
+    gold = read_gold(FRESH)
+    kinds = Counter((g.language, g.label) for g in gold)
+    assert len(gold) == 174
+    assert sum(g.language == "en" for g in gold) == 64
+    assert set(kinds) == set(itertools.product(shipped_languages(), set(Label) - {Label.UNKNOWN}))
+    assert Counter(g.label for g in gold) == {Label.REFUSE: 70, Label.COMPLY: 59, Label.EVADE: 28, Label.BROKEN: 17}
 
 
 def test_long_replies_of_every_kind_are_in_both_parts():
@@ -71,15 +85,16 @@ def test_the_dictionary_hears_other_voices_than_ours():
     assert found["comply", True] >= 0.95 * (found["comply", True] + found["comply", False])
 
 
-def test_no_reply_of_one_part_is_nearly_one_of_the_other():
+def test_no_reply_of_one_part_is_nearly_one_of_another():
     def grams(text: str) -> set[str]:
         line = " ".join(text.casefold().split())
         return {line[i : i + 5] for i in range(len(line) - 4)}
 
-    for one, other in itertools.product(GOLD["dev"], GOLD["test"]):
-        if one.language == other.language and one.reply and other.reply:
-            a, b = grams(one.reply), grams(other.reply)
-            assert len(a & b) <= 0.5 * max(1, len(a | b)), f"{one.reply} / {other.reply}"
+    for one, other in itertools.combinations([*GOLD.values(), read_gold(FRESH)], 2):
+        for a, b in itertools.product(one, other):
+            if a.language == b.language and a.reply and b.reply:
+                x, y = grams(a.reply), grams(b.reply)
+                assert len(x & y) <= 0.5 * max(1, len(x | y)), f"{a.reply} / {b.reply}"
 
 
 def test_the_dictionary_tells_refusals_that_it_was_not_fitted_to():
