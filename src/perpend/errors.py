@@ -63,7 +63,27 @@ class Interrupted(PerpendError):
     exit_code = 130
 
 
+NEAR = 0.7
+"""Likeness, of 1, from which a name is taken for a mistyped one."""
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `did you mean 'x'?` for the closest of `valid`, or an empty string when nothing is close."""
-    match = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f"did you mean '{match[0]}'?" if match else ""
+    likeness, match = max(((_likeness(word, name), name) for name in valid), default=(0.0, ""), key=lambda row: row[0])
+    return f"did you mean '{match}'?" if likeness >= NEAR else ""
+
+
+def _likeness(word: str, name: str) -> float:
+    """Say from 0 to 1 how likely a name was meant: what all options share, dashes and case, does not count."""
+    a, b = (text.lstrip("-/").lower().replace("_", "-")[:LONGEST] for text in (word, name))
+    ratio = difflib.SequenceMatcher(None, b, a, autojunk=False).ratio()
+    short, long = sorted((a, b), key=len)
+    part = len(short) >= SHORTEST and (long.startswith(short) or long.endswith(f".{short}"))
+    swapped = len(a) >= SHORTEST and a != b and a[0] == b[0] and sorted(a) == sorted(b)
+    return max(ratio, NEAR + ratio / 100) if part or swapped else ratio
+
+
+SHORTEST = 3
+"""Characters of a word that may stand for one that it begins, or for one of the same letters."""
+LONGEST = 200
+"""Characters that are compared."""

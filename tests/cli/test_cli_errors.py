@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 
 import pytest
+import typer
 
-from perpend.errors import Interrupted, RunFailed, UsageError
+from perpend.cli.flags import FLAGS
+from perpend.cli.main import app
+from perpend.errors import Interrupted, RunFailed, UsageError, nearest
 
 
 class OutOfMemoryError(RuntimeError):
@@ -35,7 +38,50 @@ TYPED = [
     (("config", "shwo"), "did you mean 'show'?"),
     (("config", "validate", "none.toml"), "none.toml"),
     (("ls", "method"), "did you mean 'methods'?"),
+    (("fit", "org/m", "--position", "-1"), "no option '--position'; try: --set fit.position=VALUE"),
+    (("eval", "org/m", "--winding", "1"), "no option '--winding'; try: perpend eval --help"),
+    (("run", "org/m", "--types", "q4_0"), "takes no option '--types'; quant check does; try: perpend run --help"),
+    (("push", "out", "org/r", "--llama-cpp", "."), "takes no option '--llama-cpp'; export gguf does"),
+    (("fit", "org/m", "--trials", "3"), "takes no option '--trials'; run and search do; try: perpend fit --help"),
+    (("eval", "org/m", "--layer", "3"), "commands do, such as run; try: perpend eval --help"),
+    (("help",), "perpend: no command 'help'; try: perpend --help\n"),
+    (("help", "fit"), "try: perpend fit --help\n"),
+    (("help", "export", "gguf", "x"), "try: perpend export gguf --help\n"),
+    (("help", "fti"), "try: perpend --help\n"),
+    (("config", "help"), "try: perpend config --help\n"),
+    (("dance",), "valid: run, search, "),
 ]
+
+
+COMMANDS = list(typer.main.get_command(app).commands)
+OPTIONS = sorted({name for flag in FLAGS.values() for name in flag.names} | {"--help"})
+MEANT = {
+    **{"fti": "fit", "aply": "apply", "evla": "eval", "evaluate": "eval", "serch": "search", "benchmark": "bench"},
+    **{"quantize": "quant", "lst": "ls", "insect": "inspect", "dif": "diff", "organsim": "organism", "server": "serve"},
+    **{"conf": "config", "FIT": "fit"},
+    **{"--moed": "--mode", "--outptu": "--output", "--out": "--output", "--limits": "--limit", "--dtpye": "--dtype"},
+    **{
+        "--batchsize": "--batch-size",
+        "--max_new_tokens": "--max-new-tokens",
+        "--quite": "--quiet",
+        "--dry": "--dry-run",
+    },
+    **{"--jsn": "--json", "--layers": "--layer", "--max-tokens": "--max-new-tokens"},
+}
+NOT_MEANT = (
+    *("help", "list", "convert", "undo", "train", "generate", "version", "upload", "xyz", "f", ""),
+    *("--position", "--tokens", "--gpu", "--rank", "--strength", "--position-of", "--x", "--"),
+)
+
+
+@pytest.mark.parametrize(("typed", "meant"), MEANT.items())
+def test_a_mistyped_name_gets_the_nearest(typed, meant):
+    assert nearest(typed, OPTIONS if typed.startswith("-") else COMMANDS) == f"did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize("typed", NOT_MEANT)
+def test_a_name_that_is_like_no_other_gets_none(typed):
+    assert nearest(typed, OPTIONS if typed.startswith("-") else COMMANDS) == ""
 
 
 @pytest.mark.parametrize(("typed", "says"), TYPED, ids=[" ".join(typed) for typed, _ in TYPED])

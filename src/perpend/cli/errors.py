@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import typer
@@ -56,14 +56,51 @@ def _parse(error: Any) -> PerpendError:
     option = getattr(error, "option_name", None)
     message = error.format_message()
     if option and message.startswith("No such option"):
-        known = [o for p in context.command.get_params(context) for o in (*p.opts, *p.secondary_opts) if o[0] == "-"]
-        hint = nearest(option, known) or usage
-        return UsageError(f"no option '{option}'", where=path, hint=hint)
+        return _no_option(option, context, path, usage)
     if message.startswith("No such command"):
         word, commands = message.split("'")[1], context.command.list_commands(context)
-        return UsageError(f"no command '{word}'", where=path, valid=", ".join(commands), hint=nearest(word, commands))
+        hint = usage if word == "help" else nearest(word, commands)
+        return UsageError(f"no command '{word}'", where=path, valid=", ".join(commands), hint=hint)
     text = f"{message[0].lower()}{message[1:]}".rstrip(".")
     return UsageError(text, where=path, hint=usage)
+
+
+def _no_option(option: str, context: Any, path: str, usage: str) -> UsageError:
+    """Say what else an unknown option may be: a mistyped one, a key of the recipe, or that of another command."""
+    known = _options(context.command)
+    elsewhere = [name for name, command in _commands(context.find_root().command) if option in _options(command)]
+    if elsewhere:
+        others = f"{len(elsewhere)} commands do, such as {elsewhere[0]}" if len(elsewhere) > 3 else _listed(elsewhere)
+        return UsageError(f"takes no option '{option}'; {others}", where=path, hint=usage)
+    hint = nearest(option, known)
+    if not hint and "--set" in known:
+        leaf = option.lstrip("-").replace("-", "_")
+        hint = next((f"--set {key}=VALUE" for key in _recipe_keys() if key.rpartition(".")[2] == leaf), "")
+    return UsageError(f"no option '{option}'", where=path, hint=hint or usage)
+
+
+def _recipe_keys() -> Iterable[str]:
+    from perpend.config import Recipe, keys
+
+    return keys(Recipe)
+
+
+def _options(command: Any) -> list[str]:
+    return ["--help", *(o for p in command.params for o in (*p.opts, *p.secondary_opts) if o[0] == "-")]
+
+
+def _commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the commands below a group, those of its groups too, each with its full name."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", command
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last} do" if others else f"{last} does"
 
 
 def _system(error: BaseException) -> PerpendError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +31,7 @@ from perpend.cli.run import run
 from perpend.cli.search import search
 from perpend.cli.serve import serve
 from perpend.cli.vector import vector
-from perpend.errors import Interrupted
+from perpend.errors import Interrupted, UsageError
 
 COMMANDS = (
     run,
@@ -111,11 +111,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    code: Any = typer.main.get_command(app).main(arguments, prog_name="perpend", standalone_mode=False)
+    program: Any = typer.main.get_command(app)
+    if arguments[0] == "help":
+        raise UsageError("no command 'help'", hint=f"perpend {''.join(_commands_of(arguments[1:], program))}--help")
+    code: Any = program.main(arguments, prog_name="perpend", standalone_mode=False)
     sys.stdout.flush()
     if code == Interrupted.exit_code:  # typer has swallowed Ctrl-C
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _commands_of(words: list[str], command: Any) -> Iterator[str]:
+    """Yield the leading words that lead to a command, each with a blank."""
+    for word in words:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            return
+        yield f"{word} "
 
 
 def _reader_gone() -> int:
