@@ -246,6 +246,36 @@ def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
     assert "after" not in _plain(views.evaluation({"report": side} | done))
 
 
+def test_the_corrected_rate_is_shown_of_both_sides_or_the_reason_of_each():
+    from perpend.judges.dictionary import Dictionary
+    from perpend.judges.labels import Record
+    from perpend.judges.panel import Panel
+
+    answer, refusal = "Take two eggs and whisk them well, then add the flour.", "I'm sorry, but I can't help with that."
+
+    def side(accepted: int, n: int) -> dict:
+        texts = [answer] * accepted + [refusal] * (n - accepted)
+        asked = [Record(f"How do I bake cake number {k}?", text, True, str(k)) for k, text in enumerate(texts)]
+        return Panel(Dictionary(), None, "none was asked for").judge(asked).to_json()
+
+    few, many = side(0, 4), side(30, 40)
+    shown = _plain([render.labels("Target prompts", few, many, corrected=True)])
+    (row,) = (line for line in shown.splitlines() if "corrected" in line)
+    assert [cell for cell in row.split() if cell.endswith("%")] == [
+        f"{x:.1%}" for found in (few["corrected"], many["corrected"]) for x in (found["share"], *found["interval"])
+    ]
+    (told,) = (str(line) for line in render.judges(few, many) if "corrected" in str(line))
+    assert told.index("] before, ") < told.index("] after (they accept 61 of 65 replies that comply")
+    none = side(0, 200)
+    lines = [str(line) for line in render.judges(none, many) if "corrected" in str(line)]
+    assert lines[0].startswith("before: not corrected: 0 of 200 accepted is fewer than")
+    assert lines[1].startswith("after: accepted, corrected")
+    assert [str(line) for line in render.judges(few)][-1] == few["correction"]
+    missing = "the error of these judges was never measured"
+    other = [x | {"corrected": None, "correction": f"not corrected: {missing}"} for x in (few, many)]
+    assert [str(line) for line in render.judges(*other)][1:] == [f"not corrected: {missing}"]
+
+
 def test_drift_shows_every_figure_with_its_interval():
     from perpend.drift import Drift, PromptDrift
 

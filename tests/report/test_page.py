@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 from task_cases import MACHINE, a_recipe
 
 from perpend.errors import UsageError
+from perpend.judges.corrections import corrections
 from perpend.report.document import schema
 from perpend.report.page import read, render
 from perpend.tasks.pages import write_report
@@ -138,16 +139,30 @@ def test_the_front_shows_how_many_replies_of_a_finalist_are_broken(made):
 
 def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):
     data = json.loads((made / "report.json").read_text())
-    side = data["report"]["after"]["target"]
-    assert side["language"] == "en"
-    assert "61 of 65 replies that comply" in side["correction"]
-    assert str(escape(side["correction"].capitalize())) in (made / "report.html").read_text()
-    assert side["correction"] in (made / "README.md").read_text()
-    counts = {"accepted_of_complying": [58, 62], "not_accepted_of_others": [104, 118]}
-    side["corrected"] = {"share": 0.314, "interval": [0.1, 0.7], "language": "en", **counts}
+    sides = [data["report"][when]["target"] for when in ("before", "after")]
+    (told,) = corrections(*sides)
+    for when, side in zip(("before", "after"), sides, strict=True):
+        assert side["language"] == "en"
+        assert "61 of 65 replies that comply" in side["correction"]
+        low, high = side["corrected"]["interval"]
+        assert f"{side['corrected']['share']:.1%} [{low:.1%}, {high:.1%}] {when}" in told
+    assert str(escape(f"{told[0].upper()}{told[1:]}.")) in (made / "report.html").read_text()
+    assert told in (made / "README.md").read_text()
+
+
+def test_the_page_shows_the_corrected_rate_of_both_sides_or_why_one_has_none(made):
+    data = json.loads((made / "report.json").read_text())
+    old, new = (data["report"][when]["target"] for when in ("before", "after"))
+    new["corrected"] |= {"share": 0.314, "interval": [0.1, 0.7]}
+    row = render(read(data, "report.json")).split("corrected for the judges’ error</th>")[1].split("</tr>")[0]
+    assert row.count("<td>") == 2
+    assert f"{100 * old['corrected']['share']:.1f}" in row.split("<td>")[1]
+    assert "31.4" in row.split("<td>")[2]
+    old |= {"corrected": None, "correction": "not corrected: <b>too few</b>"}
     page = render(read(data, "report.json"))
-    assert "corrected for the judges’ error" in page
-    assert "31.4" in page
+    notes = re.findall(r'<p class="note">(.*?)</p>', page.split("</section>")[0])
+    assert notes[0] == "Before: not corrected: &lt;b&gt;too few&lt;/b&gt;."
+    assert notes[1].startswith("After: accepted, corrected for the judges")
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path):

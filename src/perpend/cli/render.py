@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perpend.cli.text import printable, shortened
+from perpend.judges.corrections import corrections
 
 Data = Mapping[str, Any]
 Rows = Sequence[Data]
@@ -162,17 +163,18 @@ def comparison(data: Data) -> Text:
 
 
 def _corrected(data: Data | None) -> tuple[str, str]:
-    return (f"{data['share']:.1%}", span(data["interval"], ".1%")) if data else ("", "")
+    return (f"{data['share']:.1%}", span(data["interval"], ".1%")) if data else ("–", "")
 
 
-def judges(data: Data) -> Iterator[Text]:
-    """Say which judges spoke, how far they agree, and what their known error makes of the rate."""
+def judges(before: Data, after: Data | None = None) -> Iterator[Text]:
+    """Say which judges spoke, how far they agree, and what their known error makes of the rate of each side."""
+    data = after or before
     if data.get("agreement"):
         yield Text(f"judges agree on {data['agreement']['share']:.1%}, Cohen's κ {data['kappa']:.2f}", style="dim")
     elif data.get("reason"):
         yield Text(f"{data['kind']}: {printable(data['reason'])}", style="yellow")
-    if data.get("correction"):
-        yield Text(data["correction"], style="dim")
+    for line in corrections(before, after):
+        yield Text(line, style="dim")
 
 
 def leak(rows: Rows) -> Iterator[RenderableType]:

@@ -257,7 +257,7 @@ def report(data: Data) -> View:
         if data.get(compared):
             yield render.comparison(data[compared])
     last = (after or before)["target"]
-    yield from render.judges(last)
+    yield from render.judges(before["target"], after["target"] if after else None)
     said = data["claim"]["text"] if data.get("claim") else last["verdict"]
     yield Text(printable(said), style="bold")
     if data.get("drift"):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from perpend.core.stats import fisher_more, rogan_gladen, wilson
+from perpend.judges.corrections import basis
 from perpend.judges.labels import Label, read_labelled
 
 ALL = "all"
@@ -194,8 +195,7 @@ class KnownError:
         return f"{k} of {n} accepted is {limit}, so they err otherwise here than on replies of known label ({shown})"
 
     def __str__(self) -> str:
-        (right, m), (kept, others) = self.accepted, self.rejected
-        return f"they accept {right} of {m} replies that comply and {others - kept} of {others} others of known label"
+        return basis(self.accepted, self.rejected)
 
 
 def known_error(judges: Mapping[str, Mapping[str, Any]], languages: Iterable[str]) -> KnownError | None:

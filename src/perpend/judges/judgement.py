@@ -10,6 +10,7 @@ from typing import Any, Literal
 from perpend.core.stats import cohen_kappa, wilson
 from perpend.errors import UsageError
 from perpend.judges.accuracy import KnownError, known_error
+from perpend.judges.corrections import corrected
 from perpend.judges.labels import Label, Verdict
 
 CLAIM = 0.9
@@ -144,9 +145,7 @@ class Judgement:
         if found is None:
             return f"not corrected: {error.why_not(self.acceptance.k, self.acceptance.n)}"
         share, low, high = found
-        rate = f"{share:.1%}, 95 % interval {low:.1%} to {high:.1%}"
-        supposed = "supposing that they err here as they do there"
-        return f"accepted, corrected for the judges' error: {rate} ({error}; {supposed})"
+        return corrected(f"{share:.1%}, 95 % interval {low:.1%} to {high:.1%}", str(error))
 
     @cached_property
     def alone(self) -> dict[str, Rate]:

@@ -15,6 +15,7 @@ from perpend import units
 from perpend._version import __version__
 from perpend.errors import UsageError
 from perpend.escape import on_page
+from perpend.judges.corrections import corrections
 from perpend.report import figures
 from perpend.report.changes import by_kind
 from perpend.report.document import Document, Drift, Fit, Report, Side
@@ -95,6 +96,7 @@ def render(document: Document, report_name: str = "report.json") -> str:
         names=figures.LABELS,
         figures=drawn(document),
         matrices=matrices(document),
+        corrections=_corrections(report),
         drifts=drift_rows(document),
         version=__version__,
         style=Markup(style),
@@ -192,6 +194,14 @@ def matrices(document: Document) -> list[dict[str, Any]]:
             title = f"{name} prompts, {when}" if report.after else f"{name} prompts"
             found.append({"title": title, "columns": columns, "rows": rows, "side": side})
     return found
+
+
+def _corrections(report: Report | None) -> list[str]:
+    """Return what the known error of the judges makes of the acceptance of each side, as sentences."""
+    if not report:
+        return []
+    sides = [side.target.model_dump() for side in (report.before, report.after) if side]
+    return [f"{line[:1].upper()}{line[1:]}." for line in corrections(*sides)]
 
 
 def _label(judged: Any, role: str) -> str:

@@ -11,6 +11,7 @@ from perpend.core.edits import Edit
 from perpend.data import PromptPair
 from perpend.drift import Drift
 from perpend.export.card import Count, Measure, Quantity
+from perpend.judges.corrections import corrections
 from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
 from perpend.models.session import Reply, Session
@@ -87,8 +88,8 @@ class Report:
 
     def judges(self) -> str:
         """Say which judges took part and how far they agree."""
-        judged = self.after.target.judged
-        return f"{judged.describe()}; {judged.correction}"
+        told = corrections(self.before.target.to_json(), self.after.target.to_json())
+        return "; ".join([self.after.target.judged.describe(), *told])
 
 
 def _row(name: str, count: str, before: Sequence[Side], after: Sequence[Side]) -> Measure:
