@@ -50,7 +50,10 @@ class GateFailed(RunFailed):
 
 
 class MissingExtra(UsageError):
-    """An optional package is needed: says what it is for and the line that installs it."""
+    """An optional package is needed: says what it is for and the line that installs it.
+
+    pip takes the extra from the package that is installed, wherever that came from: no index needs to know Perpend.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str, *, also: str = "") -> None:
         line = f'pip install "perpend[{extra}]"' + (f" && {also}" if also else "")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def test_a_recipe_is_valid_and_named_on_the_page(cli, path):
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "cli.md"]  # that one is generated
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+EVERY_PAGE = [ROOT / "README.md", *PAGES]
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda path: path.stem)
 def test_commands_on_a_page_are_commands(page):
     root = typer.main.get_command(app)
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -141,6 +145,17 @@ def test_a_recipe_runs_on_a_small_model_of_its_kind(cli, small, tmp_path, monkey
         assert changed
         for name in changed:
             assert (simulate(after[name], "q4_0") - after[name]).abs().max() < 0.01 * after[name].abs().max(), name
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda path: path.stem)
+def test_a_page_installs_from_the_checkout_alone(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in re.findall(r"pip install ([^`\n#]*[^`\n# ])", page.read_text(encoding="utf-8")):
+        if line in (".", "peft"):  # that one loads an adapter without Perpend
+            continue
+        found = re.fullmatch(r"'\.\[([a-z,]+)\]'", line)
+        assert found, line
+        assert set(found[1].split(",")) <= set(extras), line
 
 
 def test_links_lead_somewhere_and_the_index_names_every_page():
