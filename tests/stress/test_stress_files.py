@@ -25,6 +25,7 @@ from perpend.errors import UsageError
 from perpend.models.gguf import Layout, layout
 from perpend.models.headers import read_header
 from perpend.tasks.config import commented
+from perpend.tasks.earlier import beside_edit
 from perpend.tasks.pages import WrittenPage, write_report
 from perpend.tasks.recipes import beside, read_recipe
 from perpend.tasks.vector import vector
@@ -402,15 +403,35 @@ def test_a_result_that_is_none_in_the_recipe_beside_an_edit(tmp_path, result):
     )
 
 
-@pytest.mark.parametrize("name", ["report.json", "demo.json", "bench.json", "front.json"])
+@pytest.mark.parametrize("name", ["report.json", "demo.json", "bench.json", "front.json", "a.gguf.report.json"])
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:8])
 def test_hostile_reports(tmp_path, name, text):
     if name == "front.json":
         (tmp_path / "report.json").write_text('{"task": "fit"}')
-    for held in (text, f'{{"task": "fit", "run": {text}, "bench": {text}, "front": {text}, "fit": {text}}}'):
+    given = tmp_path / "a.gguf" if name.startswith("a.gguf") else tmp_path
+    parts = ("run", "bench", "front", "fit", "file", "vector", "diff", "organism", "earlier")
+    each = [f'{{"task": "fit", "model": "m", "{part}": {text}}}' for part in parts]
+    for held in (text, f'{{"task": "fit", "run": {text}, "bench": {text}, "front": {text}, "fit": {text}}}', *each):
         (tmp_path / name).write_text(held)
-        found = outcome(lambda: write_report(tmp_path, dry_run=True))
+        found = outcome(lambda: write_report(given, dry_run=True))
         assert isinstance(found, WrittenPage | UsageError)
+
+
+APART = {
+    "a layer that is not there": {"layer": 2, "diagnostics": {"auc": [0.5]}, "raw_norm": [1.0, 1.0, 1.0]},
+    "lists of two lengths": {"layer": 0, "diagnostics": {"auc": [0.5, 0.6]}, "raw_norm": [1.0], "cosines": [[1.0], []]},
+}
+
+
+@pytest.mark.parametrize("fit", APART.values(), ids=APART)
+def test_a_report_whose_parts_do_not_fit_together(tmp_path, fit):
+    held = {"task": "fit", "model": "m", "fit": fit, "edit": {"sha256": "s", "modes": [], "rank": 1, "layers": 1}}
+    held["edit"]["modules"] = []
+    (tmp_path / "report.json").write_text(json.dumps(held))
+    found = outcome(lambda: write_report(tmp_path, dry_run=True))
+    assert isinstance(found, UsageError)
+    assert "not a report: its parts do not fit together" in str(found)
+    assert beside_edit(tmp_path, "s") == {}  # whoever uses that edit goes on without it
 
 
 @pytest.mark.parametrize("layer", [*HOSTILE, "-1", "1e9"], ids=lambda text: text[:8])

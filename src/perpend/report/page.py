@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from perpend import units
 from perpend._version import __version__
+from perpend.core.store import STUMBLES
 from perpend.errors import UsageError
 from perpend.escape import on_page
 from perpend.judges.corrections import corrections
@@ -61,7 +62,20 @@ def render(document: Document, report_name: str = "report.json") -> str:
     Args:
         document: What it shows.
         report_name: What the JSON beside it is called.
+
+    Raises:
+        UsageError: its parts do not fit together, such as a layer that its lists do not have.
     """
+    from jinja2 import TemplateError
+
+    try:
+        return _rendered(document, report_name)
+    except (*STUMBLES, TemplateError) as error:
+        what = f"not a report: its parts do not fit together: {type(error).__name__} {str(error)[:200]}"
+        raise UsageError(what, where=report_name) from error
+
+
+def _rendered(document: Document, report_name: str) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from perpend.errors import UsageError
 from perpend.export.beside import REPORT
 from perpend.report.document import Document
+from perpend.report.page import render
 from perpend.report.single import Earlier, Spent
 
 
@@ -25,7 +27,16 @@ def beside_edit(path: Path, sha256: str) -> dict[str, Any]:
         return {}
     told = found.earlier or _measured(found)
     parts = {"fit": found.fit, "earlier": told}
-    return {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
+    return shown({name: part.model_dump(mode="json") for name, part in parts.items() if part is not None})
+
+
+def shown(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return parts of somebody else's report if a page can show them; else none, as they are no reason to fail."""
+    try:
+        render(Document.model_validate({"task": "fit", "model": "", **parts}))
+    except UsageError:
+        return {}
+    return parts
 
 
 def read_report(path: Path) -> Document | None:

@@ -21,7 +21,7 @@ from perpend.export.control_vector import shifts, write_control_vector
 from perpend.export.gguf_file import appearing, require_absent
 from perpend.report.document import Document
 from perpend.tasks.about import origin, typed
-from perpend.tasks.earlier import read_report
+from perpend.tasks.earlier import read_report, shown
 from perpend.tasks.gguf import require_gguf
 from perpend.tasks.pages import names_beside, put_beside
 from perpend.tasks.recipes import DIRECTIONS
@@ -100,13 +100,14 @@ def _report(
         "cosines": cosines(directions.vectors),
     }
     of_fit = fitted.fit.model_dump(mode="json", include={"counts", "choice"}) if fitted and fitted.fit else {}
+    whole = shown({"fit": of_fit | own | {"layer": layer}}) or {"fit": own | {"layer": layer}}
     moves = [{"layer": n, "norm": float(v.norm()), "apart": raw[n]} for n, v in made.items()]
     return {
         "task": "vector",
         "model": _model(directions) or folder.name,
         "versions": versions(),
         "about": origin("vector", command) | _of_model(fitted),
-        "fit": of_fit | own | {"layer": layer},
+        **whole,
         "vector": {"method": directions.method, "rank": directions.rank, "bytes": size, "shifts": moves},
     }
 
