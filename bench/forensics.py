@@ -1,6 +1,7 @@
 """What `perpend diff` and `perpend audit` say of things that were done to one model: tables of docs/forensics.md.
 
-    python bench/forensics.py [MODEL] --work DIR [--original FOLDER] [--other FOLDER] [--only WORDS]
+    python bench/forensics.py [MODEL] --work DIR [--original FOLDER] [--other FOLDER] [--only WORDS] [--no-cases]
+    python bench/forensics.py [MODEL] --work DIR --strengths
 
 Of MODEL, a folder with one safetensors file, the script makes: edits in every mode, with two directions and by
 `fit --strategy iterative`, a merged LoRA, two fine-tunes of all weights and their average, a round trip through q4_0,
@@ -8,8 +9,9 @@ and white noise. Without MODEL a Llama of 12 layers, 256 wide, of random weights
 training is on random tokens, and nothing can be fitted to it. `--original` is what MODEL was made from by an adapter;
 `--other`, which may be typed again, a model that another tool made of MODEL. Each is compared with MODEL by
 `perpend diff`, and its writers are asked by `perpend audit`: along the direction of the edit (of another tool's model,
-along what `diff` recovered), and for a direction that neighbours avoid together. What is in the work folder already is
-not made again. Prints both tables, and a line of JSON for every row.
+along what `diff` recovered), and for directions that neighbours avoid together. What is in the work folder already is
+not made again. Prints both tables, and a line of JSON for every row. With `--strengths` it prints how strong an edit
+along a random direction must be for `audit` to find it untold.
 """
 
 from __future__ import annotations
@@ -38,13 +40,19 @@ from perpend.core.quant import simulate
 from perpend.core.schedule import NormalKernel
 from perpend.data import load_splits
 from perpend.export.shards import bake
+from perpend.forensics.avoided import most
 from perpend.models.load import load_model
 from perpend.models.session import Session
+from perpend.tasks.audit import Audit
+from perpend.tasks.diff import Diff
 from perpend.tasks.recipes import EDIT
 
 WEIGHTS = "model.safetensors"
 PEAK, PLACE, SPREAD, NOISE = 0.9, "53%", "15%", 0.02
 """Weight factor at the peak; where that is and how wide, as shares of the layers; noise as a share of a matrix."""
+ADAPTER = "the adapter that made it"
+CONSTANT, PEAKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
+"""Weight factors in every layer, and at the peak of a kernel, for `--strengths`."""
 BATCH, RANK, WORDS = 2, 8, 512
 """Prompts per training step, rank of the LoRA, tokens of the Llama of random weights."""
 
@@ -162,6 +170,22 @@ class Bench:
             added[name] = w.float() + NOISE * w.float().square().mean().sqrt() * torch.randn(w.shape)
         self.store(out, added)
 
+    def strengths(self) -> Iterator[tuple[str, Audit]]:
+        """Yield how strongly one random direction was taken out, and what is found without being told of it."""
+        anatomy = perpend.Anatomy.of(self.load())
+        v = orthonormalise(torch.randn(1, anatomy.hidden_size))
+        schedules = {f"{weight} in every layer": [weight] * anatomy.n_layers for weight in CONSTANT}
+        for peak in PEAKS:
+            kernel = NormalKernel(peak_weight=peak, peak_layer=PLACE, spread=SPREAD).weights(anatomy.n_layers)
+            schedules[f"kernel of peak {peak}"] = kernel
+        for name, weights in schedules.items():
+            edit = Edit({w.name: ModuleEdit(v, weights[w.layer]) for w in anatomy.writers if weights[w.layer]})
+            out = self.work / "strength"
+            shutil.rmtree(out, ignore_errors=True)
+            self.baked(edit, out)
+            yield name, perpend.audit(str(out))
+            shutil.rmtree(out)
+
     # ------------------------------------------------------------------------------------------------- rows
 
     def cases(self) -> Iterator[tuple[str, Path, Path, Path | None]]:
@@ -199,13 +223,15 @@ class Bench:
                 yield name, base, make(), None
         if self.wanted("the same, from one parent, `--third` the other"):
             yield "the same, from one parent, `--third` the other", tuned(1), average(), tuned(2)
-        if self.asked.original and self.wanted("the adapter that made it"):
-            yield "the adapter that made it", Path(self.asked.original), base, None
+        if self.asked.original and self.wanted(ADAPTER):
+            yield ADAPTER, Path(self.asked.original), base, None
         for path in self.asked.other:
             yield f"another tool: {path.name}", base, path, None
 
     def wanted(self, name: str) -> bool:
         """Return whether a row was asked for."""
+        if self.asked.no_cases:
+            return name == ADAPTER
         return not self.asked.only or any(words in name for words in self.asked.only)
 
     def rounded(self) -> dict[str, Tensor]:
@@ -219,19 +245,32 @@ class Bench:
             self.fitted("one").save(path)
         return path
 
+    def read_by(self, compared: Diff, base: Path, out: Path) -> None:
+        """Write what an edit on rows of unit norm n leaves less of, v ⊘ n, for `diff -o` has no mode to write it in."""
+        old, parts = load_file(base / WEIGHTS), {}
+        for change in compared.found.changes:
+            if change.ablation and change.ablation.side == "output" and change.ablation.explained > 0:
+                v, norms = change.ablation.directions, old[change.tensor].float().norm(dim=1)
+                parts[change.tensor.removesuffix(".weight")] = ModuleEdit(orthonormalise(v / norms), 1.0)
+        if parts:
+            Edit(parts).save(out)
+
     def row(self, name: str, base: Path, other: Path, third: Path | None) -> dict[str, Any]:
         """Return what `diff` and `audit` say of a case."""
         recovered = self.work / "recovered.safetensors"
-        recovered.unlink(missing_ok=True)
-        found = perpend.diff(str(base), str(other), third=str(third) if third else None, output=recovered).to_json()
+        for left_over in self.work.glob(f"{recovered.name}*"):
+            left_over.unlink()
+        compared = perpend.diff(str(base), str(other), third=str(third) if third else None, output=recovered)
+        if other in self.asked.other and compared.output is None:
+            self.read_by(compared, base, recovered)
+        found = compared.to_json()
         own = other / EDIT
         along = recovered if other in self.asked.other and recovered.exists() else self.asked_along()
         asked = perpend.audit(str(other), directions=own if own.exists() else along, base=str(base)).to_json()
-        looked = perpend.audit(str(other)).to_json()
+        looked = perpend.audit(str(other))
         left = {x["module"]: x["left"] for x in asked["writers"]}
         edit = Edit.load(own) if own.exists() else None
         misses = [abs(left[n] - abs(1 - part.weight)) for n, part in edit.modules.items()] if edit else []
-        least = min(looked["search"], key=lambda window: window["ratio"])
         return {
             "case": name,
             "verdict": found["verdict"],
@@ -243,8 +282,9 @@ class Bench:
             "least_left": min(left.values()),
             "median_left": median(left.values()),
             "off_by": max(misses, default=None),
-            "avoided": {"found": "avoid one" in looked["verdict"], **least},
-            "seconds": {"diff": found["seconds"], "audit": asked["seconds"], "look": looked["seconds"]},
+            "looked": sought(looked),
+            "search": [window.to_json() for window in looked.search if window.found],
+            "seconds": {"diff": found["seconds"], "audit": asked["seconds"], "look": looked.seconds},
         }
 
 
@@ -266,6 +306,19 @@ def said(row: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def sought(looked: Audit) -> str:
+    """Return what was found without a direction to ask for, or what came nearest."""
+    best = most(looked.search)
+    if best is None:
+        return "nothing"
+    first, last = best.layers
+    where = f"{best.ratio:.3f} at {first}" + (f"–{last}" if last > first else "")
+    kind = f", {best.component}" if best.component else ""
+    if not best.found:
+        return f"nothing, {where}{kind}"
+    return f"found, {where}{kind}; rank {best.rank}; {looked.missing} of {len(looked.rows)} writers"
+
+
 def tables(rows: list[dict[str, Any]]) -> str:
     """Return both tables in Markdown."""
     lines = ["| what was done | told | confidence | matrices | what else was said |", "|---|---|---|---|---|"]
@@ -280,10 +333,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         off = "" if row["off_by"] is None else f"{row['off_by']:.3f}"
-        first, last = row["avoided"]["layers"]
-        looked = f"{'found' if row['avoided']['found'] else 'nothing'}, {row['avoided']['ratio']:.3f} at {first}–{last}"
         missing, left = f"{row['missing']} of {row['writers']}", f"{row['least_left']:.3f}, {row['median_left']:.3f}"
-        lines.append(f"| {row['case']} | {row['along']} | {missing} | {left} | {off} | {looked} |")
+        lines.append(f"| {row['case']} | {row['along']} | {missing} | {left} | {off} | {row['looked']} |")
     return "\n".join(lines)
 
 
@@ -293,13 +344,31 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--work", required=True)
     parser.add_argument("--original", help="what MODEL was made from by an adapter")
-    parser.add_argument("--other", type=Path, action="append", default=[], help="what another tool made of MODEL")
+    parser.add_argument(
+        "--other",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="what another tool made of MODEL, or perpend did; may be typed again, each is a row whatever --only says",
+    )
     parser.add_argument("--only", action="append", default=[], help="rows that have these words; may be typed again")
+    parser.add_argument("--no-cases", action="store_true", help="rows of --other and --original alone, nothing is made")
+    parser.add_argument(
+        "--strengths",
+        action="store_true",
+        help="only a table of how strong an edit must be for audit to find it untold",
+    )
     parser.add_argument("--directions", help="edit.safetensors to ask along in place of one that is fitted to MODEL")
     parser.add_argument("--layer", default="17", help="layer whose direction is taken out")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of each class to fit on")
     parser.add_argument("--steps", type=int, default=40, help="steps of every training")
     bench = Bench(parser.parse_args())
+    if bench.asked.strengths:
+        print("| taken out | looked for |\n|---|---|")
+        for name, looked in bench.strengths():
+            print(f"| {name} | {sought(looked)} |", flush=True)
+        return
     rows = []
     for case in bench.cases():
         rows.append(bench.row(*case))

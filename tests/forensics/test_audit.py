@@ -1,4 +1,4 @@
-"""What the writers of one model write along a direction, and which direction they avoid."""
+"""What the writers of one model write along a direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import perpend
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit, ModuleEdit, edit_weight
 from perpend.errors import UsageError
-from perpend.forensics.audit import WINDOW, written
+from perpend.forensics.audit import written
 
 WRITERS = tuple(f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.o_proj", "mlp.down_proj"))
 
@@ -63,16 +63,6 @@ def test_written_is_the_share_of_the_norm_that_a_random_direction_has_on_average
     values = written(w, frames)
     assert float(values.square().mean()) == pytest.approx(1)
     assert values[3] == pytest.approx(float(w[3].norm() / w.norm() * 40**0.5))
-
-
-def test_a_direction_that_the_layers_avoid_is_found_without_being_told(edited, pico_dir):
-    found = perpend.audit(str(edited(an_edit(1.0))))
-    assert "avoid one direction together" in found.verdict
-    (window,) = found.search
-    assert window.layers == (0, min(WINDOW, 3) - 1)
-    v = next(iter(an_edit(1.0).modules.values())).directions[0]
-    assert abs(float(window.direction @ v)) > 0.999
-    assert "no direction is avoided" in perpend.audit(str(pico_dir("llama"))).verdict
 
 
 def test_directions_of_a_fit_are_taken_layer_by_layer_or_from_one(pico_dir, tmp_path):

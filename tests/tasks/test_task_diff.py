@@ -102,7 +102,7 @@ def test_a_report_that_is_there_already_stays(pair, tmp_path, taken, monkeypatch
     assert (tmp_path / taken).read_text() == "mine"
 
 
-def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path):
+def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path, capsys):
     before = suspects.base()
     folders = [
         str(suspects.write(tmp_path / name, tensors))
@@ -112,6 +112,8 @@ def test_nothing_is_recovered_from_what_is_no_ablation(tmp_path):
     assert found.output is None
     assert found.pages == ()
     assert not list(tmp_path.glob("found*"))
+    assert main(["diff", *folders, "-o", str(tmp_path / "found.safetensors")]) == 0
+    assert "was not written" in capsys.readouterr().err
 
 
 def test_a_gguf_file_and_a_damaged_checkpoint_are_refused_in_one_line(pair, tmp_path, capsys):

@@ -33,6 +33,10 @@ Layer = Annotated[
 ]
 
 
+SHOWN = 8
+"""Windows that are printed; JSON has all."""
+
+
 @command(
     "audit",
     options=("dry_run", *options_of(AuditOptions)),
@@ -44,8 +48,8 @@ def audit(
 ) -> None:
     """Tell how much of a direction the writers still write.
 
-    From the weights alone; an unedited model is not needed. Without --directions, looks for a direction that the
-    writers of neighbouring layers avoid together, which they do not by nature.
+    From the weights alone; an unedited model is not needed. Without --directions, looks for up to four that
+    neighbouring writers avoid together, which they do not by nature, and tells how much every writer writes of them.
     """
     recipe = request.recipe(model)
     result = perpend.audit(
@@ -80,11 +84,14 @@ def view(data: dict[str, Any]) -> Iterator[RenderableType]:
             made.add_row(*cells, "missing" if row["missing"] else "", style="yellow" if row["missing"] else "")
         yield made
     if data["search"]:
-        yield Text("written: what is written along the direction that these layers write least", style="dim")
-        columns = ("written", "to the next")
-        made = render.table("Directions written least", "layers", *columns, right=columns)
-        for window in data["search"]:
+        wanted = [w for w in data["search"] if w["found"]] or data["search"]
+        wanted = sorted(wanted, key=lambda window: window["ratio"] / window["bound"])[:SHOWN]
+        yield Text("written: what is written along the directions that these writers write least", style="dim")
+        numbers = ("directions", "written", "to the next", "found below")
+        made = render.table("Directions written least", "layers", "writers", *numbers, right=numbers)
+        for window in wanted:
             first, last = window["layers"]
-            cells = [f"{window['written']:.3f}", f"{window['ratio']:.3f}"]
-            made.add_row(f"{first} – {last}", *cells, style="yellow" if window["ratio"] < 0.25 else "")
+            cells = [f"{first} – {last}" if last > first else str(first), window["component"] or "all"]
+            cells += [str(window["rank"]), f"{window['written']:.3f}", f"{window['ratio']:.3f}", f"{window['bound']}"]
+            made.add_row(*cells, style="yellow" if window["found"] else "")
         yield made

@@ -53,6 +53,8 @@ def diff(base: Base, other: Other, third: Third = None, output: Recovered = None
     """
     result = perpend.diff(base, other, third=third, output=output, dry_run=request.dry_run)
     request.out.result(result, views.planned if request.dry_run else view)
+    if output is not None and not request.dry_run and not output.exists():
+        request.out.note(f"{output} was not written: no ablation of what is written was found in a mode that apply has")
 
 
 def view(data: dict[str, Any]) -> Iterator[RenderableType]:

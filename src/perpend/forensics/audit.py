@@ -1,14 +1,9 @@
-"""How much of a direction the writers of a model still write, and which direction they avoid.
+"""How much of a direction the writers of a model still write.
 
 A matrix W `[d, n]` writes ‖V W‖² of its ‖W‖² along k directions V; were its output the same in all directions that
 would be k/d of it. `written` is √(d/k) ‖V W‖ / ‖W‖: 1 for a direction like any other, and |1 - λ| times what it was
 after an edit with weight factor λ. Real matrices are not the same in all directions, so random directions are put to
 the same test, and a direction counts as missing when less than half of the least of them is written along it.
-
-Without a direction to ask for, one can be looked for: the unit vector along which the writers of neighbouring layers
-write least together is the last eigenvector of the sum of their W Wᵀ, each scaled to trace d. A square matrix has
-directions along which it writes next to nothing, but different matrices have different ones; only an edit makes many
-avoid the same. So the last eigenvalue is compared with the one before it.
 """
 
 from __future__ import annotations
@@ -35,10 +30,6 @@ CONTROLS = 64
 """Random directions that every matrix is tested with."""
 MISSING = 0.5
 """A direction is missing when less than this share of the least control is written along it."""
-WINDOW = 5
-"""Neighbouring layers whose writers are looked at together."""
-AVOIDED = 0.25
-"""A direction is avoided when the last eigenvalue is below this share of the one before it."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +54,6 @@ class Written:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Avoided:
-    """The direction that the writers of some neighbouring layers write least."""
-
-    layers: tuple[int, int]
-    """First and last layer."""
-    ratio: float
-    """Last eigenvalue relative to the one before it; the mean square that is written there by that of the next."""
-    written: float
-    """Root of the last eigenvalue: what `Written.written` would be on average."""
-    direction: Tensor
-    """`[d]` float32."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, without the vector."""
-        return {"layers": list(self.layers), "ratio": self.ratio, "written": self.written}
 
 
 class Writers:
@@ -207,37 +180,3 @@ def _row(writer: Writer, piece: TensorSlice, values: Tensor, left: float | None)
         left=left,
         missing=bool(values[0] < MISSING * random.min()),
     )
-
-
-@torch.no_grad()
-def avoided(writers: Writers) -> list[Avoided]:
-    """Look for a direction that the writers of neighbouring layers avoid together.
-
-    Returns:
-        One per window of `WINDOW` layers, each window half over the last, in the order of the layers.
-    """
-    d, n = writers.anatomy.hidden_size, writers.anatomy.n_layers
-    grams: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
-    for writer, pieces in track(list(writers.all()), "look for avoided directions"):
-        for piece in pieces:
-            gram, matrix = torch.zeros(d, d, dtype=torch.float64), writers.read(piece)
-            for start in range(0, matrix.shape[1], 4096):
-                part = matrix[:, start : start + 4096].double()
-                gram += part @ part.mT
-            trace = float(gram.trace())
-            if trace:
-                grams[writer.layer] = grams.get(writer.layer, 0.0) + gram * (d / trace)
-                counts[writer.layer] = counts.get(writer.layer, 0) + 1
-    size = min(WINDOW, n)
-    found = []
-    for first in range(0, max(1, n - size + 1), max(1, size // 2)):
-        layers = [layer for layer in range(first, first + size) if layer in grams]
-        if not layers:
-            continue
-        total = torch.stack([grams[layer] for layer in layers]).sum(0) / sum(counts[layer] for layer in layers)
-        values, vectors = torch.linalg.eigh(total)
-        least = max(0.0, float(values[0]))
-        ratio = least / float(values[1]) if values[1] > 0 else 1.0
-        found.append(Avoided((layers[0], layers[-1]), ratio, math.sqrt(least), vectors[:, 0].float()))
-    return found

@@ -14,7 +14,8 @@ from perpend.config import Machine, Recipe
 from perpend.core.directions import Directions
 from perpend.core.edits import Edit
 from perpend.errors import UsageError
-from perpend.forensics.audit import AVOIDED, Avoided, Writers, Written, audit_writers, avoided
+from perpend.forensics.audit import Writers, Written, audit_writers
+from perpend.forensics.avoided import Avoided, avoided, most
 from perpend.models.anatomy import Anatomy
 from perpend.models.load import skeleton
 from perpend.options.asked import asked
@@ -33,6 +34,8 @@ class Audit:
     source: str | None
     """Where the directions came from; None when they were looked for."""
     rows: tuple[Written, ...]
+    """What every writer writes along the directions asked for, or along those found: of its own layer's windows,
+    or the most telling."""
     search: tuple[Avoided, ...]
     """What was found when directions were looked for."""
     seconds: float
@@ -45,17 +48,26 @@ class Audit:
     @property
     def verdict(self) -> str:
         """What it comes to, in a sentence."""
-        if not self.rows and self.search:
-            least = min(self.search, key=lambda window: window.ratio)
-            first, last = least.layers
-            if least.ratio < AVOIDED:
-                return f"the writers of layers {first} to {last} avoid one direction together: an edit, or made so"
-            return "no direction is avoided by the writers of neighbouring layers together"
+        best = most(self.search)
+        if best is not None:
+            return self._found(best) if best.found else "no direction is avoided by neighbouring writers together"
         n = len(self.rows)
         if not self.missing:
             return f"all {n} writers write along the direction as along others"
         layers = sorted({row.layer for row in self.rows if row.missing})
         return f"{self.missing} of {n} writers, in layers {layers[0]} to {layers[-1]}, hardly write along the direction"
+
+    def _found(self, best: Avoided) -> str:
+        first, last = best.layers
+        kind = "" if best.component is None else f"{best.component} "
+        where = f"layers {first} to {last}" if last > first else f"layer {first}"
+        what = "one direction" if best.rank == 1 else f"{best.rank} directions"
+        layers, n = sorted({row.layer for row in self.rows if row.missing}), len(self.rows)
+        count = f"all {n} writers write a good part of what they write along others"
+        if layers:
+            among = f"in layers {layers[0]} to {layers[-1]}"
+            count = f"{self.missing} of {n} writers, {among}, hardly write along what was found"
+        return f"the {kind}writers of {where} avoid {what}: an edit, or made so; {count}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -89,7 +101,7 @@ def audit(
         model: Hub id with `@revision`, or directory; None takes the recipe's.
         directions: `directions.safetensors`, `edit.safetensors`, or the folder that `fit` made. From an edit every
             writer is asked for its own directions, and writers it does not edit for those of the nearest layer that it
-            does. None looks for a direction that neighbouring layers avoid together.
+            does. None looks for up to four that neighbouring writers avoid together, and asks every writer for them.
         base: The unedited model, to say how much is left of what it wrote.
         layer: Of `directions.safetensors`, the layer whose direction is asked for everywhere; None takes each layer's
             own.
@@ -116,6 +128,10 @@ def audit(
     search: list[Avoided] = []
     if directions is None:
         search = avoided(writers)
+        best = most(search)
+        if best is not None and best.found:
+            own = {w.layer: most(x for x in search if x.found and x.covers(w.layer)) or best for w in anatomy.writers}
+            rows = audit_writers(writers, {w.name: own[w.layer].directions for w in anatomy.writers})
     else:
         wanted = _asked(Path(directions), anatomy, layer)
         rows = audit_writers(writers, wanted, checkpoint_of(base).path if base is not None else None)
