@@ -53,6 +53,13 @@ def test_human_output_has_data_on_stdout_and_the_rest_on_stderr(cli, task):
     assert said.err.splitlines()[-1].startswith("count: 3 in ")
 
 
+def test_a_path_is_never_broken_over_lines(cli, task, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    paths = ["/somewhere/" + "o" * 60, "/somewhere/" + "p" * 60]
+    task("write_report", {"output": paths[0], "pages": paths[1:]})
+    assert cli("report", "out").out.splitlines() == [f"wrote {path}" for path in paths]
+
+
 def test_json_is_all_of_stdout(cli, task):
     task("inspect", lambda *a, **k: noisy() | {"share": float("nan"), "rate": float("inf"), "path": os.path})
     said = cli("inspect", "org/m", "--json")

@@ -128,10 +128,13 @@ class Output:
             yield
 
     def _show(self, parts: Iterator[RenderableType]) -> None:
+        from rich.text import Text
+
         console = _console(stderr=False)
         with console.capture() as captured:
             for part in parts:
-                console.print(part, markup=False, highlight=False, crop=False)
+                whole = isinstance(part, Text) and part.no_wrap is True  # which `print` alone would not look at
+                console.print(part, markup=False, highlight=False, crop=False, soft_wrap=whole)
         if text := captured.get():
             self._write("\n".join(line.rstrip() for line in text.splitlines()))
 

@@ -37,9 +37,14 @@ def written(data: Data) -> View:
         took = sum(took.values())
     if data.get("output"):
         verb = "would write" if data.get("dry_run") else "wrote"
-        yield Text(f"{verb} {printable(str(data['output']))}{f' in {seconds(took)}' if took else ''}")
+        yield _path(f"{verb} {printable(str(data['output']))}{f' in {seconds(took)}' if took else ''}")
         for page in data.get("pages") or ():
-            yield Text(f"{verb} {printable(str(page))}", style="dim")
+            yield _path(f"{verb} {printable(str(page))}", style="dim")
+
+
+def _path(line: str, style: str = "") -> Text:
+    """Return a line that is left to the terminal to wrap, so that a path in it can be copied whole."""
+    return Text(line, style, no_wrap=True, overflow="ignore")
 
 
 def planned(data: Data) -> View:
