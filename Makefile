@@ -32,6 +32,7 @@ check: $(VENV)/.dev ## style, types, and that the generated documentation is up 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src/perpend
 	$(BIN)/python docs/make_cli_reference.py --check
+	$(BIN)/python docs/make_architectures.py --check
 	$(BIN)/python docs/make_figures.py --check
 
 fix: $(VENV)/.dev ## what can be put right by a program

@@ -1,4 +1,4 @@
-"""Write the table of docs/architectures.md from the models that the tests run on."""
+"""Write the table of docs/architectures.md from the models that the tests run on; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -52,13 +52,20 @@ def table() -> str:
     return "\n".join(["| family | `model_type` | what is edited |", "| --- | --- | --- |", *rows]) + "\n"
 
 
-def main() -> None:
-    """Put the table into the page."""
+def main() -> int:
+    """Put the table into the page, or say that it is out of date."""
     sys.path += [str(TESTS), str(TESTS / "home")]
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+    made = before + BEGIN + table() + END + rest.partition(END)[2]
+    if "--check" not in sys.argv:
+        PAGE.write_text(made, encoding="utf-8")
+        return 0
+    if text == made:
+        return 0
+    sys.stderr.write(f"{PAGE.name} is out of date; make docs\n")
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
