@@ -91,7 +91,7 @@ def forecast(data: Data) -> dict[str, str | None]:
     edited = data["edited_parameters"]
     return {
         "reads": sized("reads"),
-        "writes": f"{sized('writes')}, {sized('disk_free')} free",
+        "writes": None if data["writes"] == 0 else f"{sized('writes')}, {sized('disk_free')} free",
         "memory for the weights": f"{sized('memory')}, {sized('memory_free')} free",
         "peak memory": None if data.get("peak_memory") is None else sized("peak_memory"),
         "read when needed": f"{sized('read_when_needed')} in {data['passes']} passes, {sized('bytes_read')} in all"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,9 @@ MINOS_LABELS = {0: "Non-refusal", 1: "Refusal"}
 """Passed by us: early revisions of the repository have no label names."""
 SMALL = "perpend:small"
 NONE = "none"
+ENDPOINT = "endpoint:"
+OPTION = "--classifier"
+JUDGES = "org/name, org/name@revision, a directory, perpend:small, endpoint:URL#model=NAME, none"
 
 Input = Literal["turns", "reply"]
 
@@ -106,7 +110,7 @@ class Classifier:
         Raises:
             UsageError: `name` was typed wrong: an unknown option, or a directory that does not exist.
         """
-        ModelRef.parse(_Choice.parse(name).model)
+        require_judge(name)
         try:
             return cls.open(name, machine, revision), ""
         except PerpendError as error:
@@ -248,6 +252,31 @@ def refusal_index(id2label: Mapping[int, str], label: str | None, where: str) ->
     return found[0]
 
 
+def require_judge(name: str) -> None:
+    """Refuse a second judge that was typed wrong; whether it can be had is not looked at.
+
+    Raises:
+        UsageError: names what is near, and all that is valid.
+    """
+    if name in (NONE, SMALL):
+        return
+    if name.startswith(ENDPOINT):
+        from perpend.judges.endpoint import Settings
+
+        Settings.parse(name)
+        return
+    scheme, colon, _ = name.partition(":")
+    if colon and scheme.isalpha() and len(scheme) > 1 and not Path(name.partition("#")[0]).expanduser().exists():
+        near = nearest(name, (SMALL,)) or nearest(f"{scheme}:", (ENDPOINT,))
+        raise UsageError(f"unknown judge '{name}'", where=OPTION, valid=JUDGES, hint=near)
+    model = _Choice.parse(name).model
+    try:
+        ModelRef.parse(model)
+    except UsageError as error:
+        said = f"{error.where}: {error.what}" if error.where else error.what
+        raise UsageError(said, where=OPTION, valid=JUDGES, hint=error.hint or nearest(name, (SMALL, MINOS))) from None
+
+
 def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalClassifier | LabelJudge | None, str]:
     """Return the second judge called `name`, or None and the reason why there is none.
 
@@ -258,13 +287,14 @@ def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalC
     Raises:
         UsageError: `name` was typed wrong; what merely cannot be had is a reason.
     """
+    require_judge(name)
     if name == NONE:
         return None, "no classifier was asked for"
     if name == SMALL:
         from perpend.judges.small import SmallClassifier
 
         return SmallClassifier.load(), ""
-    if name.startswith("endpoint:"):
+    if name.startswith(ENDPOINT):
         from perpend.judges.endpoint import EndpointJudge, Settings
 
         return EndpointJudge(Settings.parse(name)), ""

@@ -12,6 +12,23 @@ from perpend.models.headers import UNPICKLE
 from perpend.refs import Resolved
 
 
+def require_config(source: Resolved, where: str) -> None:
+    """Refuse a folder without a model's configuration; a GGUF file has its own.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    if source.gguf_file:
+        return
+    files = {path.name for path in source.path.iterdir()}
+    if "config.json" not in files:
+        ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
+        raise UsageError(
+            "no config.json: not a model directory", where=where, hint=f"{where}/{ggufs[0]}" if ggufs else ""
+        )
+    _json(source.path / "config.json")
+
+
 def check_files(source: Resolved, where: str) -> int:
     """Check that a checkpoint is whole, from names, sizes and headers alone.
 
@@ -23,13 +40,8 @@ def check_files(source: Resolved, where: str) -> int:
     """
     if source.gguf_file:
         return 2 * gguf.elements(source.path / source.gguf_file)
+    require_config(source, where)
     files = {path.name for path in source.path.iterdir()}
-    if "config.json" not in files:
-        ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
-        raise UsageError(
-            "no config.json: not a model directory", where=where, hint=f"{where}/{ggufs[0]}" if ggufs else ""
-        )
-    _json(source.path / "config.json")
     if "model.safetensors" in files:
         shards: dict[str, set[str]] = {"model.safetensors": set()}
     elif "model.safetensors.index.json" in files:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from perpend.config import Machine
 from perpend.errors import MissingExtra, RunFailed, UsageError
 from perpend.models import gguf, quantised
-from perpend.models.files import check_files
+from perpend.models.files import check_files, require_config
 from perpend.models.memory import free_memory, pick_device
 from perpend.models.offload import Shelf, require_finite
 from perpend.models.packed import whole_blocks
@@ -406,13 +406,13 @@ def skeleton(source: Resolved, ref: ModelRef | str, machine: Machine | None = No
     Raises:
         UsageError: the configuration cannot be read.
     """
-    import transformers
+    from transformers import AutoConfig
 
-    hf: Any = transformers
     ref = ref if isinstance(ref, ModelRef) else ModelRef.parse(ref)
+    require_config(source, str(ref))
     common = _common(source, ref, machine or Machine())
     with silenced(), gguf.read_once():
-        config = _attempt(str(ref), hf.AutoConfig.from_pretrained, source.path, **common)
+        config = _attempt(str(ref), AutoConfig.from_pretrained, source.path, **common)
         return _meta(config, source, str(ref), common["trust_remote_code"])
 
 

@@ -17,6 +17,7 @@ from perpend.options.commands import AdapterOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
 from perpend.tasks.apply import asked_for, original
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.earlier import beside_edit
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.gguf import require_folder
@@ -83,9 +84,11 @@ def adapter(
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)
     ModelRef.parse(model)
+    wanted = Wanted(edit=chosen)
     if dry_run:
-        asked = forecast(model, found, machine, output=output, edit=chosen)
+        asked = forecast(model, found, machine, wanted, output=output)
         return Planned("adapter", model, str(output), asked)
+    require_possible(model, found, machine, wanted)
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
     ref, at = session.loaded.ref, session.loaded.source.revision

@@ -34,10 +34,11 @@ from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory, typed
 from perpend.tasks.card import card_facts
+from perpend.tasks.checks import Wanted, local, require_possible
 from perpend.tasks.earlier import beside_edit
-from perpend.tasks.forecast import Forecast, forecast, local
+from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Asked, Gate, pass_gate, reference
-from perpend.tasks.gguf import Baked, is_gguf, require_roundable, write_gguf
+from perpend.tasks.gguf import Baked, is_gguf, require_gguf_source, require_roundable, write_gguf
 from perpend.tasks.outcome import outcome_json
 from perpend.tasks.output import require_free, require_no_partial
 from perpend.tasks.pages import names_beside, put, put_beside
@@ -131,17 +132,20 @@ def original(session: Session, out: Path, recipe: Recipe, machine: Machine) -> I
         yield Original(session, machine, wide.path, wide.left_out)
 
 
-def require_source(model: str, *, fetch: bool) -> None:
+def require_source(model: str, *, fetch: bool, output: Path | None = None) -> None:
     """Refuse a model that no export can be made from, before it is loaded.
 
     Args:
         model: As it was asked for.
         fetch: Download what is missing; else a model that is not here is not looked at.
+        output: What is made; None for a folder.
 
     Raises:
-        UsageError: its weights are stored in the numbers of bitsandbytes.
+        UsageError: its weights are stored in the numbers of bitsandbytes, or no GGUF file for an output that is one.
     """
     ref = ModelRef.parse(model)
+    if output is not None and is_gguf(output):
+        require_gguf_source(model, output)
     source = local(ref) or (ref.resolve() if fetch else None)
     if source is not None and source.gguf_file is None and (source.path / "config.json").is_file():
         require_exportable(source.path, model)
@@ -236,13 +240,13 @@ def apply(
     require_no_partial(output)
     model, chosen, found = asked_for(source, edit, recipe)
     require_roundable(found, output)
-    ModelRef.parse(model)
     made = Applied(str(output), model, len(chosen), None, None, 0.0, dry_run, pages=_pages(output))
-    splits = open_splits(found)
-    require_source(model, fetch=not dry_run)
+    wanted, splits = Wanted(edit=chosen, judged=True), open_splits(found)
+    require_source(model, fetch=not dry_run, output=output)
     if dry_run:
-        asked = forecast(model, found, machine, splits=splits, output=output, bakes=True, edit=chosen)
+        asked = forecast(model, found, machine, wanted, splits=splits, output=output, bakes=True)
         return replace(made, forecast=asked)
+    require_possible(model, found, machine, wanted)
     require_room(model, output, machine)
     known = beside_edit(Path(edit or source), chosen.sha256)
     if is_gguf(output):

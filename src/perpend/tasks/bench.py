@@ -20,6 +20,7 @@ from perpend.options.asked import asked, listed, path_of
 from perpend.options.commands import BenchOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.harness import followed
 from perpend.tasks.output import appearing, require_free, to_text
@@ -126,16 +127,16 @@ def bench(
         raise UsageError("no tasks given", where="--tasks", hint="--tasks arc_easy,hellaswag")
     ModelRef.parse(model)
     chosen = find_edit(Path(edit)) if edit is not None else None
-    manager = _manager(tasks, path_of(include))
+    manager, wanted = _manager(tasks, path_of(include)), Wanted(edit=chosen)
     if dry_run:
-        cost = forecast(model, recipe, machine, output=output, edit=chosen)
+        cost = forecast(model, recipe, machine, wanted, output=output)
         return Planned("bench", model, str(output) if output else None, cost)
+    require_possible(model, recipe, machine, wanted)
     session = open_session(model, recipe, machine)
     if chosen is not None:
         require_fitting(session, chosen)
     asked_for = {"tasks": list(tasks), "limit": questions, "num_fewshot": fewshot, "apply_chat_template": chat}
-    batch = 8 if machine.batch_size == "auto" else machine.batch_size
-    settings: dict[str, Any] = {**asked_for, "seed": recipe.seed, "batch_size": batch}
+    settings = {**asked_for, "seed": recipe.seed, "batch_size": _batch(machine)}
     before = _measured(session, None, manager, settings, "before" if chosen else "")
     after = _measured(session, chosen, manager, settings, "after") if chosen is not None else None
     made = Bench(
@@ -156,6 +157,10 @@ def _write(output: Path, data: dict[str, Any]) -> None:
     with appearing(output) as folder:
         (folder / BESIDE["bench"]).write_text(to_text(data["bench"]) + "\n", encoding="utf-8")
         put(folder, data)
+
+
+def _batch(machine: Machine) -> int:
+    return 8 if machine.batch_size == "auto" else machine.batch_size
 
 
 def _version() -> str:

@@ -12,7 +12,8 @@ from perpend.export.checkpoint import Checkpoint
 from perpend.models.headers import TensorEntry
 from perpend.models.memory import free_memory, pick_device
 from perpend.refs import ModelRef, Resolved
-from perpend.tasks.forecast import Forecast, Planned, disk_free, local, reading_rate
+from perpend.tasks.checks import local
+from perpend.tasks.forecast import Forecast, Planned, disk_free, reading_rate
 
 
 def checkpoint_of(model: str) -> Resolved:

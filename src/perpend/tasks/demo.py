@@ -26,6 +26,7 @@ from perpend.models.session import Session
 from perpend.options.asked import asked
 from perpend.options.commands import DemoOptions
 from perpend.refs import ModelRef
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.measure import Side, ask, cost, judge
 from perpend.tasks.output import ANOTHER, require_free, to_text
@@ -125,12 +126,14 @@ def demo(
     if not _unfinished(output):
         require_free(output)
     shipped.require()
+    base, wanted = str(shipped.base()), Wanted(fits=True, judged=True)
     if dry_run:
-        base, splits = str(shipped.base()), load_splits(recipe.prompts)
-        cost = forecast(base, recipe, machine, splits=splits, output=output, fits=True, measures=3, bakes=True)
+        splits = load_splits(recipe.prompts)
+        cost = forecast(base, recipe, machine, wanted, splits=splits, output=output, measures=3, bakes=True)
         three = replace(cost, writes=3 * (cost.writes or 0))  # original, organism, edited
         return Planned("demo", base, str(output), three)
-    require_room(str(shipped.base()), output, machine, copies=3)  # original, organism, edited
+    require_possible(base, recipe, machine, wanted)
+    require_room(base, output, machine, copies=3)  # original, organism, edited
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,7 @@ from perpend.options.asked import asked, path_of
 from perpend.options.commands import EvalOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.measure import Measured, measure, pairs
@@ -137,14 +138,15 @@ def eval(
     ModelRef.parse(model)
     _require_engine(machine, edit, adapter)
     chosen = find_edit(edit) if edit is not None else None
-    splits = open_splits(recipe)
+    wanted, splits = Wanted(edit=chosen, judged=True), open_splits(recipe)
     pair = splits.report
     sizes = {s.name: len(s) for s in (pair.target, pair.baseline)}
     empty = Evaluation(str(out) if out else None, model, sizes, None, dry_run=dry_run)
     if dry_run:
         times = 1 if chosen is None else 2
-        cost = forecast(model, recipe, machine, splits=splits, output=out, measures=times, edit=chosen)
+        cost = forecast(model, recipe, machine, wanted, splits=splits, output=out, measures=times)
         return replace(empty, forecast=cost)
+    require_possible(model, recipe, machine, wanted)
 
     def work(stores: Any) -> Evaluation:
         panel, session = open_panel(recipe, machine), open_engine(model, recipe, machine, adapter)

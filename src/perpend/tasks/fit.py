@@ -15,6 +15,7 @@ from perpend.options.asked import asked
 from perpend.options.commands import FitOptions
 from perpend.refs import ModelRef
 from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
 from perpend.tasks.outcome import outcome_json
@@ -83,8 +84,10 @@ def fit(
     ModelRef.parse(model)
     splits = open_splits(recipe)
     made = Fit(str(output), model, None, {s.name: len(s) for s in splits.sets()}, 0.0, dry_run)
+    wanted = Wanted(fits=True)
     if dry_run:
-        return replace(made, forecast=forecast(model, recipe, machine, splits=splits, output=output, fits=True))
+        return replace(made, forecast=forecast(model, recipe, machine, wanted, splits=splits, output=output))
+    require_possible(model, recipe, machine, wanted)
     key = journal_key("fit", model, recipe, machine, splits)
     with shared(output) as place, journal(place, key, "the same command again") as kept:
         session = open_session(model, recipe, machine)

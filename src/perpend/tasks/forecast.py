@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from perpend.config import Machine, Recipe
-from perpend.core.edits import Edit
 from perpend.data import Splits
 from perpend.errors import UsageError
 from perpend.export.checkpoint import files
@@ -26,7 +25,8 @@ from perpend.models.memory import free_memory, pick_device
 from perpend.models.places import ROOM, Plan, parts, plan
 from perpend.models.quantised import WIDTH, packed_as, wide_size
 from perpend.progress import note
-from perpend.refs import ModelRef, Resolved
+from perpend.refs import ModelRef
+from perpend.tasks.checks import Wanted, local, require_of, require_sound
 from perpend.tasks.survivors import OTHERS
 
 PROMPT_TOKENS = 64
@@ -35,6 +35,8 @@ LAYERS_TRIED, PASSES_PER_LAYER = 14, 6
 """Candidates of `fit.layer = "auto"`, and how often each runs the model: likelihoods, and drift batch by batch."""
 LEARNING = 2
 """What the way back costs beside the way forward, in passes: at most, since frozen matrices have no gradient."""
+SMALL = 1 << 20
+"""Bytes that an output without a checkpoint is taken to have."""
 SLOWER = {"cpu": 4.0, "cuda": 8.0, "mps": 6.0}
 """How many times slower than one large matrix product the whole is taken to be, generation included."""
 
@@ -112,14 +114,12 @@ def forecast(
     model: str,
     recipe: Recipe,
     machine: Machine,
+    wanted: Wanted | None = None,
     *,
     splits: Splits | None = None,
     output: Path | None = None,
-    fits: bool = False,
     measures: int = 0,
     bakes: bool = False,
-    searches: bool = False,
-    edit: Edit | None = None,
     also: Work | None = None,
 ) -> Forecast:
     """Say what a task would do, without loading weights or fetching anything.
@@ -128,40 +128,40 @@ def forecast(
         model: Hub id, directory or GGUF file; of a model that is not on this machine, sizes are unknown.
         recipe: What would be done.
         machine: Where.
+        wanted: What is done with the model, which is checked; None for what only looks at it.
         splits: The prompts; None for a task that runs none.
-        output: Where the result would go.
-        fits: Whether directions would be measured.
+        output: Where the result would go; None where nothing is written.
         measures: How many times the report split would be answered.
         bakes: Whether a checkpoint would be written.
-        searches: Whether the edit would be searched for, to the last trial.
-        edit: The edit, where it is there already.
         also: What is run beside that to teach a model, which is written and not edited.
 
     Raises:
-        UsageError: the model's configuration cannot be read.
+        UsageError: the model's configuration cannot be read, or the work would be refused before weights are read.
     """
+    wanted = wanted or Wanted()
+    require_sound(recipe, wanted)
     ref, device = ModelRef.parse(model), pick_device(machine.device)
     bare, size = bare_model(ref, machine)
     wide = _wide(ref, size)
-    passes, tokens = (0, 0) if splits is None else replies_and_tokens(recipe, splits, fits, measures, bakes)
+    passes, tokens = (0, 0) if splits is None else replies_and_tokens(recipe, splits, wanted.fits, measures, bakes)
     if also is not None:
         passes, tokens = passes + also.prompts + also.learnt, tokens + also.new_tokens
-    if searches and splits is not None:
+    if wanted.searches and splits is not None:
         scored, written = _trials(recipe, splits)
         passes, tokens = passes + scored, tokens + written
     parameters = sum(p.numel() for p in bare.parameters()) if bare is not None else None
     width = 4 if machine.dtype == "float32" else 2
     memory = None if parameters is None else parameters * width if machine.dtype != "auto" or not wide else wide
-    modules, edited = _edited(bare, recipe, edit) if also is None else (None, None)
+    modules, edited = _edited(bare, recipe, wanted)
     placed = _placed(bare, memory, machine, device, model)
-    times = _passes(recipe, fits, measures, bakes) if placed is not None and placed.read else 0
+    times = _passes(recipe, wanted.fits, measures, bakes) if placed is not None and placed.read else 0
     read = None if size is None or placed is None else (placed.read * times or size) + (4 * (wide or 0) if bakes else 0)
     whole, back = bakes or also is not None, 0 if also is None else LEARNING * also.learnt * PROMPT_TOKENS
     slow = 0.0 if read is None else read / reading_rate(ref)
     slow += wide / writing_rate(output, wide) if whole and wide else 0.0
     return Forecast(
         reads=size,
-        writes=wide if whole else 1 << 20,
+        writes=wide if whole else 0 if output is None else SMALL,
         disk_free=disk_free(output),
         memory=memory,
         memory_free=free_memory(device, machine.memory),
@@ -205,20 +205,6 @@ def disk_free(output: Path | None) -> int:
 
 def _above(output: Path | None) -> Path:
     return next(p for p in (output or Path()).absolute().parents if p.exists())
-
-
-def local(ref: ModelRef) -> Resolved | None:
-    """Return the files of a model without fetching any; None where it is on the hub alone.
-
-    Raises:
-        UsageError: no such directory or file.
-    """
-    try:
-        return ref.resolve(fetch=False)
-    except UsageError:
-        if ref.kind == "hub":
-            return None
-        raise
 
 
 def bare_model(ref: ModelRef, machine: Machine) -> tuple[torch.nn.Module | None, int | None]:
@@ -310,18 +296,22 @@ def _trials(recipe: Recipe, splits: Splits) -> tuple[int, int]:
     return runs, shortly * TOKENS + fully * recipe.eval.max_new_tokens
 
 
-def _edited(bare: torch.nn.Module | None, recipe: Recipe, edit: Edit | None) -> tuple[int | None, int | None]:
-    """Return how many modules and parameters would be edited."""
-    if bare is None:
+def _edited(bare: torch.nn.Module | None, recipe: Recipe, wanted: Wanted) -> tuple[int | None, int | None]:
+    """Return how many modules and parameters would be edited; None where none is.
+
+    Raises:
+        UsageError: it would be refused for this model.
+    """
+    edit = wanted.edit
+    if bare is None or not wanted.changes:
         return (len(edit), None) if edit is not None else (None, None)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
-    anatomy.require_complete(recipe.edit.allow_partial)
-    factors = weight_factors(anatomy, recipe.edit)
-    chosen = [
-        w
-        for w in anatomy.writers
-        if (w.name in edit.modules if edit is not None else factors[w.component][w.layer] != 0)
-    ]
+    require_of(anatomy, recipe, wanted)
+    if edit is not None:
+        chosen = [w for w in anatomy.writers if w.name in edit.modules]
+    else:
+        factors = weight_factors(anatomy, recipe.edit)
+        chosen = [w for w in anatomy.writers if factors[w.component][w.layer] != 0]
     return len(chosen), sum(w.parameters for w in chosen)
 
 

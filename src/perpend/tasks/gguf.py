@@ -100,7 +100,12 @@ def provenance(edit: Edit, recipe: Recipe, model: str) -> dict[str, str]:
     }
 
 
-def _file(model: str, output: Path) -> ModelRef:
+def require_gguf_source(model: str, output: Path) -> ModelRef:
+    """Return a model that is a GGUF file, or refuse another for an output that is one.
+
+    Raises:
+        UsageError: a hub id or a directory.
+    """
     ref = ModelRef.parse(model)
     if ref.kind != "gguf":
         raise UsageError(
@@ -208,7 +213,7 @@ def write_gguf(
         UsageError: the model is no GGUF file, or the edit is of another one.
         GateFailed: the saved file is not the edit; it stays as `OUT.gguf.partial`.
     """
-    ref = _file(model, output)
+    ref = require_gguf_source(model, output)
     source = Path(ref.name).expanduser()
     files = layouts(source)
     session = None

@@ -22,6 +22,7 @@ from perpend.models.load import skeleton
 from perpend.options.asked import asked, listed
 from perpend.options.commands import QuantOptions
 from perpend.tasks.checkpoints import checkpoint_of, reading
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.quant_replies import Replies, replies
 from perpend.tasks.recipes import beside, find_edit, laid_over
@@ -162,6 +163,7 @@ def quant_check(
     lattices = [kind for kind in types if kind != "bf16"]
     if dry_run:
         return _planned(model, recipe, machine, chosen, lattices if acceptance else None)
+    require_possible(model, recipe, machine, Wanted(edit=chosen, judged=acceptance))
     source = checkpoint_of(model)
     bare = skeleton(source, model, machine)
     anatomy = Anatomy.of(bare, recipe.edit.overrides or None)
@@ -179,11 +181,13 @@ def _planned(
     model: str, recipe: Recipe, machine: Machine, edit: Edit | None, lattices: Sequence[str] | None
 ) -> Planned:
     """Say what a check would read and answer; without replies no model is built."""
+    wanted = Wanted(edit=edit, judged=lattices is not None)
     if lattices is None:
+        require_possible(model, recipe, machine, wanted)
         return reading("quant check", [model], machine)
     states = (1 + len(lattices)) * (1 if edit is None else 2)
     splits = load_splits(recipe.prompts)
     targets = replace(splits.report, baseline=splits.report.baseline.subset([]))
     alone = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"control_prompts": 0})})
-    asked = forecast(model, alone, machine, splits=replace(splits, report=targets), measures=states, edit=edit)
-    return Planned("quant check", model, None, replace(asked, writes=0, edited_modules=len(edit) if edit else None))
+    asked = forecast(model, alone, machine, wanted, splits=replace(splits, report=targets), measures=states)
+    return Planned("quant check", model, None, replace(asked, edited_modules=len(edit) if edit else None))

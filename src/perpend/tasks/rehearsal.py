@@ -10,9 +10,9 @@ from perpend.config import Machine, Recipe
 from perpend.models.anatomy import Anatomy
 from perpend.models.memory import free_memory, pick_device
 from perpend.refs import ModelRef
+from perpend.tasks.checks import Wanted, require_of, require_sound
 from perpend.tasks.forecast import bare_model
 from perpend.tasks.recipes import find_edit
-from perpend.tasks.setup import require_writers
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,14 @@ def rehearse(
     """Check what can be checked without loading weights or fetching anything.
 
     Raises:
-        UsageError: the model's configuration or the edit cannot be read, or the edit is not one of this model.
+        UsageError: the model's configuration or the edit cannot be read, the classifier or the chat template
+            neither, or the edit is not one of this model.
     """
     chosen = find_edit(Path(edit)) if edit is not None else None
+    wanted = Wanted(edit=chosen, judged=True)
+    require_sound(recipe, wanted)
     bare, size = bare_model(ModelRef.parse(model), machine)
     if bare is not None and chosen is not None:
-        require_writers(Anatomy.of(bare, recipe.edit.overrides or None), chosen)
+        require_of(Anatomy.of(bare, recipe.edit.overrides or None), recipe, wanted)
     free = free_memory(pick_device(machine.device), machine.memory)
     return Rehearsal(task, model, size, free, None if chosen is None else len(chosen), url)

@@ -22,6 +22,7 @@ from perpend.refs import ModelRef
 from perpend.tasks.about import Task, about, edit_facts, peak_memory
 from perpend.tasks.apply import bake_and_prove, require_source
 from perpend.tasks.card import card_facts
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.finalists import Found
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.gate import Gate
@@ -137,9 +138,11 @@ def run(
     splits = open_splits(recipe)
     require_source(model, fetch=not dry_run)
     sizes = {s.name: len(s) for s in splits.sets()}
+    wanted = Wanted(fits=True, judged=True)
     if dry_run:
-        cost = forecast(model, recipe, machine, splits=splits, output=output, fits=True, measures=2, bakes=True)
+        cost = forecast(model, recipe, machine, wanted, splits=splits, output=output, measures=2, bakes=True)
         return Run(str(output), model, "", (), sizes, None, None, None, None, {}, True, cost)
+    require_possible(model, recipe, machine, wanted)
     require_room(model, output, machine)
     with journal(output, journal_key("run", model, recipe, machine, splits), "the same command again") as kept:
         panel, session = open_panel(recipe, machine), open_session(model, recipe, machine)

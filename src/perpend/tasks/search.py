@@ -28,6 +28,7 @@ from perpend.searching.storage import masked
 from perpend.searching.study import Ledger, View
 from perpend.tasks.apply import require_source
 from perpend.tasks.budget import Budget, measured_pace
+from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.crew import STORAGE, crew, machines, share_cores, take_part
 from perpend.tasks.finalists import Found, choose
 from perpend.tasks.findings import STUDY, TRIALS, put_findings, write_trials
@@ -139,16 +140,15 @@ def search(
     job = Asked(model, Path(output), recipe, machine, place, workers)
     _require_place(job)
     ModelRef.parse(model)
-    fixed_position(recipe.fit)
     splits = open_splits(recipe)
     require_source(model, fetch=not dry_run)
     sizes = {s.name: len(s) for s in splits.sets()}
     base = Run(str(output), model, "", (), sizes, None, None, None, None, {})
+    wanted = Wanted(fits=True, searches=True, judged=True)
     if dry_run:
-        cost = forecast(
-            model, recipe, machine, splits=splits, output=job.output, fits=True, measures=2, bakes=True, searches=True
-        )
+        cost = forecast(model, recipe, machine, wanted, splits=splits, output=job.output, measures=2, bakes=True)
         return replace(base, dry_run=True, forecast=cost)
+    require_possible(model, recipe, machine, wanted)
     require_room(model, job.output, machine)
     key = journal_key("search", model, recipe, machine, splits) | {"search": without_budget(recipe)}
     folder = job.output.with_name(job.output.name + ".resume")

@@ -11,9 +11,7 @@ from perpend import __version__
 from perpend.config import ExportSection, Machine, Recipe, SearchSection
 from perpend.core.edits import Edit
 from perpend.data import Splits, load_splits
-from perpend.errors import UsageError, nearest
 from perpend.judges.panel import Panel
-from perpend.models.anatomy import Anatomy
 from perpend.models.chat import read_template
 from perpend.models.load import Loaded, load_model, unloaded
 from perpend.models.memory import release
@@ -22,6 +20,7 @@ from perpend.models.vllm import VllmSession
 from perpend.progress import note
 from perpend.refs import ModelRef
 from perpend.serving.duet import Duet
+from perpend.tasks.checks import Wanted, require_possible, require_writers
 from perpend.tasks.recipes import find_edit
 
 
@@ -67,6 +66,7 @@ def open_duet(model: str, recipe: Recipe, machine: Machine, edit: Path | None) -
         UsageError: the model or the edit cannot be read, or the edit is not one of this model.
     """
     chosen = find_edit(Path(edit)) if edit is not None else None
+    require_possible(model, recipe, machine, Wanted(edit=chosen, judged=True))
     session = open_session(model, recipe, machine)
     if chosen is not None:
         require_fitting(session, chosen)
@@ -109,26 +109,6 @@ def require_fitting(session: Session, edit: Edit) -> None:
         UsageError: names a module that is no writer here, or has another width.
     """
     require_writers(session.anatomy, edit)
-
-
-def require_writers(anatomy: Anatomy, edit: Edit) -> None:
-    """Refuse an edit of another model than the one that `anatomy` is of.
-
-    Raises:
-        UsageError: names a module that is no writer here, or has another width.
-    """
-    writers = {writer.name for writer in anatomy.writers}
-    for name, part in edit.modules.items():
-        if name not in writers:
-            raise UsageError(
-                f"edits {name}, which is no writer of this model", where="edit", hint=nearest(name, writers)
-            )
-        if part.directions.shape[1] != anatomy.hidden_size:
-            raise UsageError(
-                f"its directions have {part.directions.shape[1]} dimensions",
-                where="edit",
-                valid=f"{anatomy.hidden_size}, as the model",
-            )
 
 
 def open_panel(recipe: Recipe, machine: Machine) -> Panel:
