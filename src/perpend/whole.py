@@ -208,6 +208,8 @@ def write_file(path: Path, data: bytes, *, replace: bool) -> None:
     """
     partial = partial_of(path)
     try:
+        if not replace and unfinished(path):  # killed when the file was whole and had its name: not to be written into
+            partial.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with claimed(partial, anew=False):
             partial.write_bytes(data)

@@ -7,6 +7,7 @@ is to end early it forks, and the fork kills or interrupts itself at one of them
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -50,6 +51,7 @@ SETS = ("--set", "eval.control_prompts=0", "--set", "export.gate_prompts=1")
 MEASURED = (*PROMPTS, *REPLIES, *SETS, *MACHINE)
 
 COMMANDS = {
+    "inspect": ("inspect", "model", "-o", "out.json", "--device", "cpu"),
     "config init": ("config", "init", "model", "-o", "out"),
     "fit": ("fit", "model", "-o", "out", *FIT, *PROMPTS, *MACHINE),
     "apply": ("apply", "model", "-e", "edit", "-o", "out", *REPLIES, *SETS, *MACHINE),
@@ -67,6 +69,8 @@ COMMANDS = {
     "demo": ("demo", "-o", "out", "--config", "demo.toml", "--limit", "3", *MACHINE),
     "bench": ("bench", "model", "-e", "edit", "-o", "out", "--tasks", "colours", "--include", "tasks", *MACHINE),
 }
+CHAT = ("chat", "model", "--max-new-tokens", "2", "--device", "cpu")
+"""What is typed there is in the file `stdin`; it writes `out.md`."""
 NEEDS = {
     "apply to GGUF": "gguf",
     "vector": "gguf",
@@ -123,7 +127,7 @@ class Workshop:
 
     def __call__(self, name: str, moment: int | None = None, sign: int = signal.SIGKILL) -> tuple[int, int]:
         """Run a command, or end it by a signal at a file operation; returns its exit code and the operations."""
-        self._mine.send((COMMANDS[name], moment, int(sign)))
+        self._mine.send((CHAT if name == "chat" else COMMANDS[name], moment, int(sign)))
         return self._mine.recv()
 
     def said(self) -> str:
@@ -165,6 +169,7 @@ def _serve(folder: Path, asked: Connection) -> None:
             os._exit(0)
         count = 0
         os.dup2(os.open("stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+        sys.stdin = io.StringIO(Path("stdin").read_text())
         child = os.fork() if fatal is not None else 0
         if child == 0:
             code = main(words)
@@ -217,6 +222,7 @@ class Place:
         for kind, lead in (("target", "How do I harm"), ("baseline", "Tell me about")):
             (folder / f"{kind}.txt").write_text("".join(f"{lead} number {k}?\n" for k in range(12)))
         (folder / "demo.toml").write_text(DEMO)
+        (folder / "stdin").write_text("What is bread?\n/save out.md\n")
         (folder / "search.toml").write_text(SEARCH)
         (folder / "tasks").mkdir()
         (folder / "tasks" / "colours.yaml").write_text(TASK)
@@ -245,7 +251,7 @@ class Place:
 
     def out(self, name: str) -> Path:
         """Return the output of a command."""
-        return self.folder / COMMANDS[name][COMMANDS[name].index("-o") + 1]
+        return self.folder / ("out.md" if name == "chat" else COMMANDS[name][COMMANDS[name].index("-o") + 1])
 
     def whole(self, name: str) -> tuple[int, dict[str, bytes | None]]:
         """Return how many file operations a command does, and what it makes."""
@@ -335,7 +341,7 @@ def interrupted_at(name: str, place: Place, how_many: int, *, again: bool) -> No
         place.clear()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "chat"])
 def test_a_killed_command_leaves_the_old_state_or_the_new(place, name):
     killed_at(name, place, 1)
 
@@ -345,8 +351,28 @@ def test_an_interrupted_command_says_so_in_one_line_and_leaves_no_half(place, na
     interrupted_at(name, place, 1, again=False)
 
 
+def saving_interrupted_at(place: Place, how_many: int) -> None:
+    """Ctrl-C at moments of `/save`, which is broken off and not the conversation."""
+    prepare("chat", place)
+    for moment in place.moments("chat", how_many, signal.SIGINT):
+        assert place.shop("chat", moment, signal.SIGINT)[0] == 0, (moment, place.shop.said())
+        assert place.left() <= {"out.md"}, moment
+        if not place.done("chat"):
+            place.again("chat")
+        place.clear()
+
+
+def test_ctrl_c_while_a_conversation_is_saved_leaves_no_half(place):
+    saving_interrupted_at(place, 1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+def test_ten_interruptions_of_what_saves_a_conversation(place):
+    saving_interrupted_at(place, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*COMMANDS, "chat"])
 def test_ten_moments_of_each_command(place, name):
     killed_at(name, place, 10)
 
@@ -488,6 +514,15 @@ def test_files_appear_where_there_are_no_hard_links(tmp_path, monkeypatch):
         (tmp_path / "c").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b.partial", "c", "c.partial"]
     assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_a_whole_file_that_a_kill_left_under_both_names_is_not_written_into(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    out.write_bytes(b"whole")
+    os.link(out, partial)
+    with pytest.raises(UsageError, match="already exists"):
+        write_file(out, b"other", replace=False)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"out": b"whole"}
 
 
 def test_many_processes_on_one_file_leave_the_work_of_one_whole(tmp_path):

@@ -307,6 +307,16 @@ def test_an_interrupted_answer_is_kept_and_the_conversation_goes_on(pico_dir, tm
     assert said.turns[0].finished == set()
 
 
+def test_a_command_that_is_interrupted_does_not_end_the_conversation(talk, monkeypatch):
+    def interrupted(self: Conversation, rest: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "/label", Command(interrupted, "", ""))
+    shown, said, _ = talk("a", "/label", "b")
+    assert "the command was broken off" in shown
+    assert [turn.user for turn in said.turns] == ["a", "b"]
+
+
 def test_an_edit_of_another_model_is_refused_before_the_first_line(talk):
     with pytest.raises(UsageError, match="no writer of this model"):
         talk("a", module="model.layers.8.mlp.down_proj")

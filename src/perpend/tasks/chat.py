@@ -120,12 +120,19 @@ def chat(
     while (line := screen.read()) is not None and line.split()[:1] != [QUIT]:
         try:
             if line.lstrip().startswith("/"):
-                screen.say(talk.command(line.strip()))
+                _carry_out(talk, line, screen)
             elif line.strip():
                 _answer(talk, line, screen)
         except PerpendError as error:
             screen.say(str(error))
     return talk
+
+
+def _carry_out(talk: Conversation, line: str, screen: Screen) -> None:
+    try:
+        screen.say(talk.command(line.strip()))
+    except KeyboardInterrupt:
+        screen.say("\nthe command was broken off")
 
 
 def _answer(talk: Conversation, line: str, screen: Screen) -> None:

@@ -17,7 +17,7 @@ from perpend.models.replies import Sampling
 from perpend.models.streaming import Answers, Ask
 from perpend.serving.duet import Duet, read_scale
 from perpend.tasks.transcript import drawn, markdown
-from perpend.whole import unfinished, write_file
+from perpend.whole import write_file
 
 Side = Literal["base", "edited"]
 SUFFIXES = (".md", ".json")
@@ -219,7 +219,7 @@ class Conversation:
             raise UsageError("no file was named", hint=INSTEAD)
         try:
             path = Path(rest).expanduser()
-            kind, there, free = path.suffix.lower(), path.exists() and not unfinished(path), _beside(path)
+            kind, there, free = path.suffix.lower(), path.exists(), _beside(path)
             folder = path.parent.is_dir()
         except (OSError, RuntimeError) as error:  # RuntimeError: no such home
             raise UsageError(f"cannot be written: {getattr(error, 'strerror', None) or error}", where=rest) from None
@@ -240,7 +240,7 @@ class Conversation:
     def _help(self, rest: str) -> str:
         width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
         lines = [f"{f'{name} {command.argument}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
-        return "\n".join([*lines, f"{QUIT:<{width}}  end (also Ctrl-D); Ctrl-C ends an answer"])
+        return "\n".join([*lines, f"{QUIT:<{width}}  end (also Ctrl-D); Ctrl-C ends an answer or a command"])
 
 
 def _beside(path: Path) -> Path:
