@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "perpend"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = (
-    ("_version", "errors", "escape", "progress", "units", "whole"),
+    ("_version", "errors", "launched", "escape", "progress", "units", "whole"),
     ("core",),
     ("complaints", "refs", "config", "options"),
     ("data",),

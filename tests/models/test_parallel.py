@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import perpend
 from perpend.config import Machine
 from perpend.errors import UsageError
-from perpend.models import parallel
 from perpend.models.parallel import World
 
 Dirs = Callable[[str], Path]
@@ -93,9 +93,12 @@ def test_two_processes_share_every_matrix(pico_dir: Dirs, tmp_path: Path) -> Non
         assert found["replies"] == alone["replies"]
 
 
-def test_other_numbers_of_processes_are_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_numbers_of_processes_are_refused_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="torchrun --nproc-per-node 4"):
         World.of(Machine(tensor_parallel=4))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="apply runs in one process"):
-        parallel.require_single("apply")
+    with pytest.raises(UsageError, match="apply runs in one process, and 2 were started"):
+        perpend.apply("model", output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())

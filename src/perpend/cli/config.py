@@ -19,6 +19,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="Recipe (TOML).", sho
     "show",
     options=options_of(ConfigOptions),
     examples=("config show", "config show --config recipe.toml --mode column --json"),
+    processes="several",
 )
 def show(model: Model = None, *, request: Request) -> None:
     """Print the effective recipe: defaults, then the file, then flags, then --set."""
@@ -41,7 +42,11 @@ def init(model: Model = None, *, request: Request) -> None:
         request.out.result(written, views.written)
 
 
-@command("validate", examples=("config validate recipe.toml", "config validate recipe.toml --json"))
+@command(
+    "validate",
+    examples=("config validate recipe.toml", "config validate recipe.toml --json"),
+    processes="several",
+)
 def validate(file: File, *, request: Request) -> None:
     """Check a recipe file: unknown keys, wrong values."""
     request.out.result(perpend.config_validate(file), views.validated)

@@ -33,6 +33,7 @@ Adapter = Annotated[
         "eval google/gemma-3-4b-it --engine vllm --adapter adapter",
     ),
     panel=MEASURE,
+    processes="several",
 )
 def evaluate(model: Model = None, adapter: Adapter = None, *, request: Request) -> None:
     """Measure acceptance, with intervals, and drift.

@@ -13,6 +13,7 @@ from perpend.options.commands import FitOptions, options_of
     options=("output", "dry_run", *options_of(FitOptions)),
     examples=("fit google/gemma-3-4b-it -o edit", "fit ./model -o edit --layer 53% --mode column --limit 64"),
     panel=MAKE,
+    processes="several",
 )
 def fit(model: Model = None, *, request: Request) -> None:
     """Measure the direction and write it as an edit.

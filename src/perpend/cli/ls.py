@@ -17,7 +17,7 @@ def _kinds(incomplete: str) -> list[str]:
     return [kind for kind in LISTS if kind.startswith(incomplete)]
 
 
-@command("ls", examples=("ls", "ls schedules --json"), panel=LOOK)
+@command("ls", examples=("ls", "ls schedules --json"), panel=LOOK, processes="several")
 def ls(
     kind: Annotated[
         str | None,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -16,6 +16,7 @@ from rich.markup import escape
 from perpend.cli.flags import EVERYWHERE, FLAGS, typed
 from perpend.cli.output import Output, Style
 from perpend.errors import UsageError
+from perpend.launched import require_single
 
 if TYPE_CHECKING:
     from perpend.config import Machine, Recipe
@@ -223,7 +224,12 @@ def group(name: str, about: str, commands: Iterable[Command], *, also: tuple[str
 
 
 def command(
-    name: str, *, options: Iterable[str] = (), examples: tuple[str, ...], panel: str | None = None
+    name: str,
+    *,
+    options: Iterable[str] = (),
+    examples: tuple[str, ...],
+    panel: str | None = None,
+    processes: Literal["one", "several"] = "one",
 ) -> Callable[[Callable[..., None]], Command]:
     """Make a function a command that takes shared options.
 
@@ -234,14 +240,18 @@ def command(
         options: Names of `FLAGS`, without those that every command has.
         examples: Command lines for the help, without the leading `perpend`.
         panel: Group in the list of commands.
+        processes: Whether `torchrun` may start it several times over; else that is refused before anything is done.
     """
     names = [*options, *EVERYWHERE]
+    instead = " or ".join(f"--{one.replace('_', '-')}" for one in ("device_map", "workers") if one in names)
 
     def make(function: Callable[..., None]) -> Command:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "request"]
 
         def run(**values: Any) -> None:
             request = Request({key: values.pop(key) for key in names})
+            if processes == "one":
+                require_single(name, instead)
             with request.out.working():
                 function(**values, request=request)
 

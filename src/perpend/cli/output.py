@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from perpend.cli import errors
 from perpend.cli.text import printable, printable_json
 from perpend.errors import PerpendError
+from perpend.launched import first
 from perpend.tasks.output import to_text
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Output:
 
     def note(self, message: str) -> None:
         """Tell one line on stderr, unless quiet."""
-        if self.style != "quiet" and _first():
+        if self.style != "quiet" and first():
             _console(stderr=True).print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
     def error(self, error: BaseException) -> int:
@@ -118,7 +119,7 @@ class Output:
             if not self.verbose:
                 stack.enter_context(_others_silenced())
             reporter: Reporter
-            if self.style == "quiet" or not _first():
+            if self.style == "quiet" or not first():
                 reporter = reporters.Quiet()
             elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
                 reporter = self._live = stack.enter_context(reporters.live(_console(stderr=True)))
@@ -139,16 +140,11 @@ class Output:
             self._write("\n".join(line.rstrip() for line in text.splitlines()))
 
     def _write(self, text: str, end: str = "\n") -> None:
-        if not _first():
+        if not first():
             return
         with self._live.aside() if self._live else nullcontext():
             sys.stdout.write(text + end)
             sys.stdout.flush()
-
-
-def _first() -> bool:
-    """Whether this is the first of the processes that `torchrun` started, or the only one: it alone prints results."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 def _console(*, stderr: bool) -> Console:

@@ -1,4 +1,4 @@
-"""Several processes, started by `torchrun`, that work on one task.
+"""Several processes, started by `torchrun` or `accelerate launch`, that work on one task.
 
 Data parallel: every process holds the model and takes its share of the batches; what they found is exchanged, so that
 each process goes on with the very residuals, replies and likelihoods that one process would have. Batches are the same
@@ -25,6 +25,7 @@ import torch
 
 from perpend.config import Machine
 from perpend.errors import RunFailed, UsageError
+from perpend.launched import rank, size
 
 T = TypeVar("T")
 
@@ -32,16 +33,6 @@ WAIT = timedelta(hours=2)
 """How long a process waits for the others: a batch of a large model that is read from disk takes its time."""
 
 _groups: list[Any] = []
-
-
-def rank() -> int:
-    """Return which process this is; 0 for the first, or the only one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def size() -> int:
-    """Return how many processes `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -113,16 +104,6 @@ def leave() -> None:
     if _groups:
         _groups.clear()
         torch.distributed.destroy_process_group()
-
-
-def require_single(task: str) -> None:
-    """Refuse several processes for a task that writes weights or talks.
-
-    Raises:
-        UsageError: says which tasks can be shared.
-    """
-    if size() > 1:
-        raise UsageError(f"{task} runs in one process", where="torchrun", valid="fit, eval", hint=f"perpend {task} ...")
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from perpend.export.shards import ExportResult, Patch, bake
 from perpend.export.undo import keep
 from perpend.export.widen import widen
 from perpend.judges.panel import Panel
+from perpend.launched import require_single
 from perpend.models.load import load_model
 from perpend.models.materialise import save_gguf
 from perpend.models.memory import release
-from perpend.models.parallel import require_single
 from perpend.models.quantised import WIDENED, require_exportable
 from perpend.models.session import Session
 from perpend.options.asked import asked_of_source
@@ -229,7 +229,7 @@ def apply(
             that is there.
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
     """
-    require_single("apply")
+    require_single("apply", "--device-map")
     source, recipe, machine = asked_of_source(apply, ApplyOptions, options, source, recipe, machine)
     if undo:
         if edit is not None or dry_run:

@@ -14,7 +14,7 @@ from perpend.export.card import CardFacts
 from perpend.export.shards import ExportResult
 from perpend.fitting.fit import Fitted, fit_edit
 from perpend.judges.panel import Panel
-from perpend.models.parallel import require_single
+from perpend.launched import require_single
 from perpend.models.session import Session
 from perpend.options.asked import asked, require_no_search
 from perpend.options.commands import RunOptions
@@ -124,7 +124,7 @@ def run(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
         Interrupted: Ctrl-C.
     """
-    require_single("run")
+    require_single("run", "--device-map or --workers")
     recipe, machine = asked(run, RunOptions, options, model, recipe, machine)
     output, model = Path(output), recipe.model.id
     if search:

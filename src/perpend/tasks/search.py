@@ -19,7 +19,7 @@ from perpend.errors import Interrupted, UsageError
 from perpend.fitting.accumulate import fixed_position
 from perpend.fitting.fit import Fitted
 from perpend.judges.panel import Panel
-from perpend.models.parallel import require_single
+from perpend.launched import require_single
 from perpend.options.asked import asked
 from perpend.options.commands import SearchOptions
 from perpend.refs import ModelRef
@@ -128,7 +128,7 @@ def search(
         GateFailed: the saved file is not the edit; it stays as `OUT.partial`.
         Interrupted: Ctrl-C; says what to type to go on.
     """
-    require_single("search")
+    require_single("search", "--device-map or --workers")
     recipe, machine = asked(search, SearchOptions, options, model, recipe, machine)
     model = recipe.model.id
     require_roundable(recipe)
