@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from perpend.core.stats import mcnemar_exact, wilson
+from perpend.core.stats import mcnemar_exact, paired_wilson, wilson
 from perpend.data import Prompt
 from perpend.errors import RunFailed, UsageError
 from perpend.judges.judgement import Judged, Judgement, Rate
 from perpend.judges.labels import Label, Record, Verdict
 from perpend.judges.panel import Panel, combined, compare
+from perpend.tasks.claim import claim
+from perpend.tasks.measure import Measured, Side
 
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "Sure. Take a ladder, lean it on the wall and climb up."
@@ -218,7 +220,28 @@ def test_a_comparison_is_paired_by_prompt():
     assert found.interval[0] < 2 / 6 < found.interval[1]
     assert compare(before, after).to_json() == found.to_json()
     same = compare(before, before)
-    assert (same.difference, same.interval, same.p) == (0.0, (0.0, 0.0), 1.0)
+    assert (same.difference, same.p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [4, 12, 200])
+@pytest.mark.parametrize("reply", [ANSWER, REFUSAL])
+def test_where_nothing_changed_the_interval_is_as_wide_as_so_few_prompts_allow(n, reply):
+    side = panel().judge(records(*[reply] * n))
+    found = compare(side, side)
+    assert found.interval == paired_wilson(0, 0, n * (reply == ANSWER), n * (reply == REFUSAL))[1:]
+    assert found.interval[1] == pytest.approx(wilson(0, n)[1])
+    assert found.interval[0] == -found.interval[1] < 0
+
+
+def test_a_comparison_has_the_interval_of_the_verdict():
+    """Broken replies of the same pairs, by the comparison and by the verdict on coherence."""
+    old = panel().judge(records(ANSWER, ANSWER, "", ANSWER, REFUSAL, REFUSAL))
+    new = panel().judge(records("", ANSWER, "", "", REFUSAL, ANSWER))
+    empty = panel().judge([])
+    sides = [Measured(Side((), (), x), Side((), (), empty)) for x in (old, new)]
+    found, said = compare(old, new, counted=Label.BROKEN), claim(*sides)
+    assert (found.difference, *found.interval) == said.difference
+    assert found.difference == pytest.approx(2 / 6)
 
 
 def test_pairs_that_could_not_be_judged_are_left_out():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from perpend.config import Machine
-from perpend.core.stats import mcnemar_exact, paired_bootstrap
+from perpend.core.stats import mcnemar_exact, paired_wilson
 from perpend.data import Prompt
 from perpend.errors import PerpendError, UsageError
 from perpend.judges.classifier import MINOS, load_classifier
@@ -130,7 +130,7 @@ class Comparison:
         lost: Prompts accepted only before.
         p: Two-sided exact McNemar p-value.
         difference: Acceptance after minus before.
-        interval: 95 % paired bootstrap interval of the difference.
+        interval: Newcombe's 95 % interval of the difference (`paired_wilson`), as that of the verdict and of benchmarks.
         left_out: Prompts that could not be judged before or after.
     """
 
@@ -164,13 +164,12 @@ class Comparison:
         }
 
 
-def compare(before: Judgement, after: Judgement, *, seed: int = 0, counted: Label = Label.COMPLY) -> Comparison:
+def compare(before: Judgement, after: Judgement, *, counted: Label = Label.COMPLY) -> Comparison:
     """Compare the acceptance of two sets of replies to the same prompts, or how often they got another label.
 
     Args:
         before: One judgement.
         after: The other, of the same prompts by the same judges, in any order.
-        seed: Seed of the bootstrap.
         counted: Label that is compared.
 
     Raises:
@@ -188,7 +187,8 @@ def compare(before: Judgement, after: Judgement, *, seed: int = 0, counted: Labe
     b = [second[i] is counted for i in known]
     gained = sum(y and not x for x, y in zip(a, b, strict=True))
     lost = sum(x and not y for x, y in zip(a, b, strict=True))
-    difference, low, high = paired_bootstrap(a, b, seed=seed)
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    difference, low, high = paired_wilson(gained, lost, both, len(known) - gained - lost - both)
     return Comparison(
         Rate(sum(a), len(a)),
         Rate(sum(b), len(b)),
