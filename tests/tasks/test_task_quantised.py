@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from task_cases import MACHINE, a_recipe, contents
+from task_cases import MACHINE, a_recipe, contents, write_prompts
 
 import perpend
 import pico
@@ -67,6 +69,15 @@ def test_an_export_is_made_and_proven_on_the_stored_weights(model: Path, kind: s
     one, two = (contents(tmp_path / name)["model.safetensors"] for name in ("out", "again"))
     assert one == two
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_what_bitsandbytes_warns_of_stays_off_the_terminal(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    target, baseline = write_prompts(tmp_path)
+    words = ["fit", str(model), "-o", "out", "--target", target, "--baseline", baseline, "--limit", "4", "--no-filter"]
+    line = [sys.executable, "-m", "perpend", *words, "--layer", "1", "--device", "cpu", "--quantization", "4bit", "-q"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "")  # it warns when it is first imported
 
 
 def test_without_bitsandbytes_the_line_to_type_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
