@@ -23,6 +23,7 @@ from served import a_duet, listening
 
 import perpend
 from perpend.cli.main import app
+from perpend.core.stats import wilson
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -165,3 +166,19 @@ def test_the_clients_of_the_page_on_serving_are_answered(pico_dir, capsys):
         said = httpx.post(address.replace(there, url), json=json.loads(body), timeout=60)
     assert said.status_code == 200
     assert said.text.rstrip().endswith("data: [DONE]")
+
+
+def test_intervals_in_tables_of_counts_are_those_of_wilson():
+    seen = 0
+    for page in PAGES:
+        n = 0
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if headings := re.findall(r" of (\d+)(?: \[95 %\])? \|", line):
+                n = int(headings[-1])
+            elif not line.startswith("|"):
+                n = 0
+            for k, low, high in re.findall(r"\| \**(\d+)(?:, [\d.]+ %)? \[([\d.]+), ([\d.]+)\]", line) if n else ():
+                digits = len(low.partition(".")[2])
+                assert [f"{100 * end:.{digits}f}" for end in wilson(int(k), n)] == [low, high], f"{page.name}: {line}"
+                seen += 1
+    assert seen >= 40

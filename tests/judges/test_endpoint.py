@@ -304,7 +304,7 @@ def test_answers_are_kept_in_the_cache_folder_of_the_user(monkeypatch, tmp_path)
 
 @pytest.mark.slow
 def test_a_real_server_is_asked(smollm2, tmp_path):
-    pytest.importorskip("llama_cpp.server")
+    pytest.importorskip("llama_cpp.server.app", reason="not installed: pip install 'llama-cpp-python[server]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -322,6 +322,7 @@ def test_a_real_server_is_asked(smollm2, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(120):
+            assert process.poll() is None, f"the server ended with {process.returncode}"
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2).close()
                 break
