@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -33,11 +36,22 @@ from perpend.judges.labels import Label, Record
 from perpend.judges.languages import shipped_languages
 from perpend.judges.panel import Panel
 
-VOICES = Path(__file__).parents[2] / "examples" / "replies"
+ROOT = Path(__file__).parents[2]
+VOICES = ROOT / "examples" / "replies"
 GOLD = {split: read_gold(Path(__file__).with_name(f"gold.{split}.jsonl")) for split in ("dev", "test")}
 FRESH = Path(__file__).with_name("gold.fresh.jsonl")
 FROZEN = "06ba3a679578202e86d24da5d53a2fc059313ec9368ad4f88d7837d0a1477868"
 """SHA-256 of the fresh part, as it was before any judge had read it."""
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_judges", ROOT / "bench" / "judges.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["bench_judges"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def measured(name: str):
@@ -113,6 +127,23 @@ def test_the_shipped_error_is_what_is_measured(name):
     english = known_error(found.judges, ["en", "en"])
     assert english == KnownError(tuple(counts["en"]["accepted"]), tuple(counts["en"]["rejected"]), "en"), hint
     assert known_error(found.judges, ["fr"]) == known, "too few French replies for an error of their own"
+
+
+def test_the_figures_of_the_fresh_part_are_those_of_the_shipped_judges(program):
+    """Where lists or classifier changed since, the part may be fresh no more: say so in the docs, and write another."""
+    gold, panel = read_gold(FRESH), Panel.load(SMALL)
+    found = program.judged(gold, panel)
+    figures = program.figures(gold, found, FRESH)
+    assert figures == json.loads(program.FRESH.read_text(encoding="utf-8"))
+    assert figures["part"] == FROZEN
+    rows = program.said(found)
+    assert [len(program.within(gold, rows["both"], x)[0]) for x in program.GROUPS] == [174, 64, 70, 40]
+    told = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    assert program.table(gold, rows, program.GROUPS) in told
+    assert program.confusion(gold, rows["dictionary"]) in told
+    assert program.confusion(gold, rows["both"]) in told
+    assert program.sensitivity(figures["accepted"]) in told
+    assert program.beside(gold, panel) in told
 
 
 def test_judges_that_were_not_measured_have_no_known_error():
