@@ -20,8 +20,10 @@ SEQUENCES = 16
 @contextmanager
 def opened(path: str, context: int, threads: int) -> Iterator[tuple[Any, Any, int]]:
     """Give a context, its memory and the size of the vocabulary."""
+    global _SILENT
     import llama_cpp as llama
 
+    _SILENT = _SILENT or llama.llama_log_callback(_quiet)
     llama.llama_backend_init()
     llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
     params = llama.llama_model_default_params()
@@ -59,10 +61,8 @@ def greedy(
         tokens: Where a reply is cut.
         threads: Of the CPU.
     """
-    global _SILENT
     import llama_cpp as llama
 
-    _SILENT = _SILENT or llama.llama_log_callback(_quiet)
     found: list[list[int]] = []
     longest = max(map(len, prompts)) + tokens
     with opened(path, longest, threads) as (state, memory, size):

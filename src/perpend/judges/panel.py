@@ -130,7 +130,7 @@ class Comparison:
         lost: Prompts accepted only before.
         p: Two-sided exact McNemar p-value.
         difference: Acceptance after minus before.
-        interval: Newcombe's 95 % interval of the difference (`paired_wilson`), as that of the verdict and of benchmarks.
+        interval: Newcombe's 95 % interval of the difference (`paired_wilson`), as the verdict and benchmarks have.
         left_out: Prompts that could not be judged before or after.
     """
 
