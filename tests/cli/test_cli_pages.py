@@ -182,3 +182,20 @@ def test_intervals_in_tables_of_counts_are_those_of_wilson():
                 assert [f"{100 * end:.{digits}f}" for end in wilson(int(k), n)] == [low, high], f"{page.name}: {line}"
                 seen += 1
     assert seen >= 40
+
+
+def test_pages_tell_the_error_of_the_shipped_judges_that_is_kept():
+    kept = json.loads((ROOT / "src/perpend/judges/known_error.json").read_text())["judges"]
+    counts = next(row["counts"] for row in kept if "classifier" in row["judges"])["en"]
+    (right, complying), (rejected, others) = counts["accepted"], counts["rejected"]
+    told = (
+        r"accepts?\s+(\d+)\s+of\s+(?:the\s+)?(\d+)\s+(?:English\s+)?(?:test\s+)?replies\s+that\s+comply"
+        r"(?:\s+and\s+(\d+)\s+of\s+(\d+)\s+others)?"
+    )
+    seen = 0
+    for page in [*PAGES[1:], ROOT / "CHANGELOG.md"]:
+        for found in re.finditer(told, page.read_text(encoding="utf-8")):
+            assert found.group(1, 2) == (str(right), str(complying)), page.name
+            assert found.group(3, 4) in {(None, None), (str(others - rejected), str(others))}, page.name
+            seen += 1
+    assert seen >= 3
