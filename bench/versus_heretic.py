@@ -233,13 +233,19 @@ def run_ours(organism: str, work: Path, files: dict[str, Path], given: argparse.
 
 
 def _ours_on_front(out: Path, times: dict[str, float], n: int, chosen: float) -> list[Point]:
-    """Return the chosen model, others along the front of its own replies, and what refinement began from and made."""
+    """Return the chosen model, others along the front of its own replies, and what refinement began from and made.
+
+    A search keeps a refined direction of the chosen candidate alone: others that have one are left out.
+    """
     data = json.loads((out / "front.json").read_text())
 
     def pair(point: Point) -> tuple[float, float]:
         return 1 - point["accepted_shortly"]["share"], point["drift"]
 
-    replied = [p for p in data["front"] if p["accepted_shortly"]]
+    kept = [p for p in data["front"] if p["chosen"] or not p["direction_refined"]]
+    if lost := [p["name"] for p in data["front"] if p not in kept]:
+        print(f"not judged, for its refined direction was not kept: {', '.join(lost)}", file=sys.stderr)
+    replied = [p for p in kept if p["accepted_shortly"]]
     edge = [p for p in front(replied, pair) if not p["chosen"]]
     taken = along(edge, n - 1, lambda p: (pair(p)[0], decades(p["drift"])))
     made = {p["name"].removesuffix(REFINED) for p in replied if p["name"].endswith(REFINED)}
@@ -248,7 +254,9 @@ def _ours_on_front(out: Path, times: dict[str, float], n: int, chosen: float) ->
     found = [{"name": f"perpend, {name}: chosen", "path": str(out), "found_at": chosen}]
     for point in taken:
         at = times.get(point["name"], chosen)
-        found.append({"name": f"perpend, {point['name']}", "edit": point["candidate"], "found_at": at})
+        found.append(
+            {"name": f"perpend, {point['name']}", "edit": point["candidate"], "of_front": point, "found_at": at}
+        )
     return found
 
 
@@ -256,7 +264,7 @@ def save(session: Session, organism: str, work: Path, points: list[Point]) -> No
     """Write the points that are no model yet, as `perpend apply` does, so that both tools' files are judged."""
     for k, point in enumerate(points):
         if "path" not in point:
-            edit, out = edit_of(session, work / "perpend", point["edit"]), work / f"perpend-{k}"
+            edit, out = edit_of(session, work / "perpend", point["of_front"]), work / f"perpend-{k}"
             bake(Path(organism), edit, session.anatomy, out, session.model)
             point["path"] = str(out)
 
@@ -300,9 +308,13 @@ class Judge:
         return drift.measure(reference.under(None), session.under(edit), batches).mean
 
 
-def edit_of(session: Session, out: Path, data: Point) -> Edit:
-    """Return the edit of a candidate of our front, from the directions that its study keeps."""
-    name = json.loads((out / "front.json").read_text())["study"]["name"]
+def edit_of(session: Session, out: Path, point: Point) -> Edit:
+    """Return the edit of a point of our front: as it was saved, or from the directions that its study keeps."""
+    if point["chosen"]:
+        return Edit.load(out / "edit.safetensors")
+    if point["direction_refined"]:
+        raise SystemExit(f"{out}: {point['name']}: its refined direction was not kept; only the chosen edit can be had")
+    data, name = point["candidate"], json.loads((out / "front.json").read_text())["study"]["name"]
     base = Base.from_texts(Ledger(out / "study.log", name).base())
     recipe = Recipe.model_validate({"edit": {part: data[part] for part in ("attention", "mlp")}})
     layer = None if data["layer"] == "each" else data["layer"]
@@ -411,7 +423,7 @@ def main() -> None:
 
 
 def _public(point: Point) -> Point:
-    return {key: value for key, value in point.items() if key != "path"}
+    return {key: value for key, value in point.items() if key not in ("path", "of_front")}
 
 
 LOCAL = ("organism", "original", "work", "heretic", "output")
