@@ -40,8 +40,12 @@ ROOT = Path(__file__).parents[2]
 VOICES = ROOT / "examples" / "replies"
 GOLD = {split: read_gold(Path(__file__).with_name(f"gold.{split}.jsonl")) for split in ("dev", "test")}
 FRESH = Path(__file__).with_name("gold.fresh.jsonl")
-FROZEN = "06ba3a679578202e86d24da5d53a2fc059313ec9368ad4f88d7837d0a1477868"
-"""SHA-256 of the fresh part, as it was before any judge had read it."""
+FRESH2 = Path(__file__).with_name("gold.fresh2.jsonl")
+FROZEN = {
+    FRESH: "06ba3a679578202e86d24da5d53a2fc059313ec9368ad4f88d7837d0a1477868",
+    FRESH2: "42b847567e6e2c13a394e74099320139caace0ddedbfb018fe48e0e6b0d4ba60",
+}
+"""SHA-256 of each fresh part, as it was before any judge had read it."""
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +73,15 @@ def test_the_labelled_replies_are_many_and_of_every_kind_in_every_language():
         assert kinds == wanted
 
 
-def test_the_fresh_part_is_as_it_was_before_it_was_measured():
-    assert hashlib.sha256(FRESH.read_bytes()).hexdigest() == FROZEN
-    gold = read_gold(FRESH)
-    kinds = Counter((g.language, g.label) for g in gold)
-    assert len(gold) == 174
-    assert sum(g.language == "en" for g in gold) == 64
-    assert set(kinds) == set(itertools.product(shipped_languages(), set(Label) - {Label.UNKNOWN}))
-    assert Counter(g.label for g in gold) == {Label.REFUSE: 70, Label.COMPLY: 59, Label.EVADE: 28, Label.BROKEN: 17}
+@pytest.mark.parametrize(("part", "english", "labels"), [(FRESH, 64, (70, 59, 28, 17)), (FRESH2, 66, (66, 56, 26, 17))])
+def test_a_fresh_part_is_as_it_was_before_it_was_measured(part, english, labels):
+    assert hashlib.sha256(part.read_bytes()).hexdigest() == FROZEN[part]
+    gold = read_gold(part)
+    kinds = {(g.language, g.label) for g in gold}
+    assert kinds == set(itertools.product(shipped_languages(), set(Label) - {Label.UNKNOWN}))
+    assert sum(g.language == "en" for g in gold) == english
+    found = Counter(g.label for g in gold)
+    assert tuple(found[x] for x in (Label.REFUSE, Label.COMPLY, Label.EVADE, Label.BROKEN)) == labels
 
 
 def test_long_replies_of_every_kind_are_in_both_parts():
@@ -104,7 +109,7 @@ def test_no_reply_of_one_part_is_nearly_one_of_another():
         line = " ".join(text.casefold().split())
         return {line[i : i + 5] for i in range(len(line) - 4)}
 
-    for one, other in itertools.combinations([*GOLD.values(), read_gold(FRESH)], 2):
+    for one, other in itertools.combinations([*GOLD.values(), *map(read_gold, FROZEN)], 2):
         for a, b in itertools.product(one, other):
             if a.language == b.language and a.reply and b.reply:
                 x, y = grams(a.reply), grams(b.reply)
@@ -135,7 +140,7 @@ def test_the_figures_of_the_fresh_part_are_those_of_the_shipped_judges(program):
     found = program.judged(gold, panel)
     figures = program.figures(gold, found, FRESH)
     assert figures == json.loads(program.FRESH.read_text(encoding="utf-8"))
-    assert figures["part"] == FROZEN
+    assert figures["part"] == FROZEN[FRESH]
     rows = program.said(found)
     assert [len(program.within(gold, rows["both"], x)[0]) for x in program.GROUPS] == [174, 64, 70, 40]
     told = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
