@@ -4,8 +4,9 @@
     python bench/forensics.py [MODEL] --work DIR --strengths
 
 Of MODEL, a folder with one safetensors file, the script makes: edits in every mode, with two directions and by
-`fit --strategy iterative`, a merged LoRA, two fine-tunes of all weights and their average, a round trip through q4_0,
-and white noise. Without MODEL a Llama of 12 layers, 256 wide, of random weights is made; its directions are random, its
+`fit --strategy iterative`, a merged LoRA, two fine-tunes of all weights and their average, one at a rate that leaves
+little of the weights, a round trip through q4_0, and white noise. Without MODEL a Llama of 12 layers, 256 wide, of
+random weights is made, beside it another one and a Gemma 3 that are no relation; its directions are random, its
 training is on random tokens, and nothing can be fitted to it. `--original` is what MODEL was made from by an adapter;
 `--other`, which may be typed again, a model that another tool made of MODEL. Each is compared with MODEL by
 `perpend diff`, and its writers are asked by `perpend audit`: along the direction of the edit (of another tool's model,
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import perpend
 from perpend.config import load
@@ -53,6 +54,7 @@ PEAK, PLACE, SPREAD, NOISE = 0.9, "53%", "15%", 0.02
 ADAPTER = "the adapter that made it"
 CONSTANT, PEAKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
 """Weight factors in every layer, and at the peak of a kernel, for `--strengths`."""
+RATE, HEAVY = 5e-3, "fine-tune of all weights at a hundred times the rate"
 BATCH, RANK, WORDS = 2, 8, 512
 """Prompts per training step, rank of the LoRA, tokens of the Llama of random weights."""
 
@@ -139,7 +141,7 @@ class Bench:
         session = Session(load_model(str(self.model)))
         return session.chat.encode([*pair.target.prompts, *pair.baseline.prompts])
 
-    def trained(self, out: Path, lora: bool, seed: int) -> None:
+    def trained(self, out: Path, lora: bool, seed: int, rate: float = 5e-5) -> None:
         """Train on text, a LoRA or all weights, and write what comes of it."""
         rows, model = self.rows(), self.load().float().train()
         if lora:
@@ -147,7 +149,7 @@ class Bench:
 
             model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
         chosen = [p.requires_grad_() for n, p in model.named_parameters() if not lora or "lora_" in n]
-        optimiser = torch.optim.AdamW(chosen, lr=1e-3 if lora else 5e-5)
+        optimiser = torch.optim.AdamW(chosen, lr=1e-3 if lora else rate)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         for step in range(self.asked.steps):
             for k in range(BATCH * step, BATCH * (step + 1)):
@@ -211,11 +213,15 @@ class Bench:
             "the same with two directions": lambda: edited("two", "fit.rank=2"),
             "LoRA of rank 8, merged in": lambda: self.once("lora", lambda out: self.trained(out, True, 0)),
             "fine-tune of all weights": lambda: tuned(1),
+            HEAVY: lambda: self.once("heavy", lambda out: self.trained(out, False, 1, RATE)),
             "average of two fine-tunes, from the base": average,
             "q4_0 and back": lambda: self.once("q4_0", lambda out: self.store(out, self.rounded())),
             "white noise, 2 % of each matrix": lambda: self.once("noise", self.noisy),
         }
-        if not self.bare:
+        if self.bare:
+            makes["another Llama of these sizes"] = lambda: self.once("stranger", random_llama)
+            makes["a Gemma 3 of these sizes"] = lambda: self.once("gemma", random_gemma)
+        else:
             keys = ("fit.strategy=iterative", "fit.modules_per_batch=12")
             makes["`fit --strategy iterative`"] = lambda: edited("iterative", *keys)
         for name, make in makes.items():
@@ -266,16 +272,22 @@ class Bench:
         found = compared.to_json()
         own = other / EDIT
         along = recovered if other in self.asked.other and recovered.exists() else self.asked_along()
+        row = {
+            "case": name,
+            "verdict": found["verdict"],
+            "ablation": found["ablation"],
+            "kernels": {k: {x: v for x, v in row.items() if x != "weights"} for k, row in found["kernels"].items()},
+            "seconds": {"diff": found["seconds"]},
+        }
+        if found["verdict"]["name"] == "unrelated":  # the direction is none of this model's
+            return row
         asked = perpend.audit(str(other), directions=own if own.exists() else along, base=str(base)).to_json()
         looked = perpend.audit(str(other))
         left = {x["module"]: x["left"] for x in asked["writers"]}
         edit = Edit.load(own) if own.exists() else None
         misses = [abs(left[n] - abs(1 - part.weight)) for n, part in edit.modules.items()] if edit else []
         return {
-            "case": name,
-            "verdict": found["verdict"],
-            "ablation": found["ablation"],
-            "kernels": {k: {x: v for x, v in row.items() if x != "weights"} for k, row in found["kernels"].items()},
+            **row,
             "along": "its own" if edit else "recovered" if along == recovered else "the first edit's",
             "missing": asked["missing"],
             "writers": len(left),
@@ -292,6 +304,13 @@ def random_llama(out: Path) -> None:
     """Write a Llama of random weights."""
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, **sizes)).bfloat16().save_pretrained(out)
+
+
+def random_gemma(out: Path) -> None:
+    """Write a Gemma 3 of the sizes of that Llama, of random weights."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 8}
+    heads = {"num_key_value_heads": 8, "head_dim": 32}
+    Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=WORDS, **sizes, **heads)).bfloat16().save_pretrained(out)
 
 
 def said(row: Mapping[str, Any]) -> str:
@@ -332,6 +351,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if "along" not in row:
+            continue
         off = "" if row["off_by"] is None else f"{row['off_by']:.3f}"
         missing, left = f"{row['missing']} of {row['writers']}", f"{row['least_left']:.3f}, {row['median_left']:.3f}"
         lines.append(f"| {row['case']} | {row['along']} | {missing} | {left} | {off} | {row['looked']} |")

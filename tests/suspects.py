@@ -86,14 +86,14 @@ def adapted(
     return changed(tensors, kinds, add)
 
 
-def trained(tensors: Tensors) -> Tensors:
+def trained(tensors: Tensors, size: float = 0.1) -> Tensors:
     """Add a full-rank matrix with a few large singular values to every matrix, as training does."""
     g = torch.Generator().manual_seed(6)
 
     def add(layer: int, kind: str, w: Tensor) -> Tensor:
         m, n = w.shape
         u, v = (torch.linalg.qr(torch.randn(size, min(m, n), generator=g)).Q for size in (m, n))
-        return w + 0.1 * (u * torch.arange(1, min(m, n) + 1) ** -0.5) @ v.mT
+        return w + size * (u * torch.arange(1, min(m, n) + 1) ** -0.5) @ v.mT
 
     return changed(tensors, WRITERS + READERS, add)
 

@@ -155,6 +155,94 @@ def test_noise_training_and_rounding_to_a_format_are_told_apart(told, tmp_path):
     assert all(change.lattice for change in found.changes)
 
 
+def test_a_model_of_another_seed_is_unrelated_and_nothing_is_said_to_predict_it(told):
+    found = told(suspects.base(), suspects.base(seed=1))
+    verdict = found.verdict
+    assert (verdict.name, verdict.passed, verdict.told) == ("unrelated", 41, 41)
+    assert verdict.confidence > 0.9
+    assert verdict.detail.startswith("another model of this architecture")
+    assert "predict" not in verdict.basis
+    assert max(abs(change.sizes.cosine) for change in found.changes) < 0.1
+    assert not found.kernels
+
+
+def test_another_architecture_is_unrelated_whether_it_shares_matrices_or_none(told, tmp_path):
+    before = suspects.base()
+    other = {
+        name: torch.cat([x, x]) if "up_proj" in name or "q_proj" in name else x
+        for name, x in suspects.base(seed=1).items()
+    }
+    other |= {f"model.layers.{k}.self_attn.q_norm.weight": torch.ones(8) for k in range(suspects.LAYERS)}
+    verdict = told(before, other).verdict
+    assert (verdict.name, verdict.passed, verdict.told) == ("unrelated", 21, 21)
+    assert verdict.detail.startswith("another architecture, with weights that have nothing in common")
+    assert "20 tensors of the base's are missing or of another shape and 10 tensors are new" in verdict.detail
+    wider = {name: torch.cat([x, x]) if x.ndim == 2 else x for name, x in suspects.base().items()}
+    verdict = examine(tmp_path / "before", suspects.write(tmp_path / "wider", wider)).verdict
+    assert verdict.name == "unrelated"  # and not identical, although every norm is
+    assert "not one matrix has the name and the shape" in verdict.detail
+
+
+@pytest.mark.parametrize("size", [0.5, 3.0, 8.0])
+def test_a_heavy_fine_tune_is_still_one(told, size):
+    found = told(suspects.base(), suspects.trained(suspects.base(), size))
+    assert found.verdict.name == "fine-tune"
+    assert found.verdict.scores["unrelated"] < 0.1
+    assert found.verdict.basis.endswith("no account predicts half of the change")
+    if size == 8.0:
+        assert min(change.sizes.moved for change in found.changes) > 3
+        assert max(change.sizes.cosine for change in found.changes) < 0.4
+
+
+def test_noise_larger_than_the_weights_is_noise_as_long_as_they_show(told):
+    before, g = suspects.base(), torch.Generator().manual_seed(4)
+    every = suspects.WRITERS + suspects.READERS
+    after = suspects.changed(before, every, lambda layer, kind, w: w + 0.1 * torch.randn(w.shape, generator=g))
+    assert told(before, after).verdict.name == "noise"
+
+
+def test_matrices_that_were_put_in_place_of_others_are_told_with_what_was_kept(told):
+    before, other = suspects.base(), suspects.base(seed=1)
+    after = suspects.changed(before, suspects.WRITERS, lambda layer, kind, w: w)
+    after |= {name: other[name] for name in before if "down_proj" in name}
+    verdict = told(before, after).verdict
+    assert (verdict.name, verdict.passed) == ("unrelated", 10)
+    assert verdict.detail.startswith("weights replaced")
+    assert "31 matrices are as they were" in verdict.detail
+
+
+def test_what_lacks_tensors_of_the_base_is_not_simply_the_same(told):
+    before = suspects.base()
+    part = {name: x for name, x in before.items() if "layers.9." not in name}
+    verdict = told(before, part).verdict
+    assert verdict.name == "identical"
+    assert verdict.detail.endswith("in what both have; 5 tensors of the base's are missing or of another shape")
+
+
+def test_the_cosine_of_independent_matrices_is_within_its_chance():
+    from perpend.forensics.spectrum import difference
+
+    g = torch.Generator().manual_seed(0)
+
+    def uneven(m: int, n: int) -> torch.Tensor:
+        return torch.randn(m, n, generator=g) * torch.randn(m, 1, generator=g).exp()
+
+    def thin(m: int, n: int) -> torch.Tensor:
+        return torch.randn(m, 3, generator=g) @ torch.randn(3, n, generator=g)
+
+    def heavy(m: int, n: int) -> torch.Tensor:
+        return torch.randn(m, n, generator=g) ** 3
+
+    for make in (uneven, thin, heavy):
+        sizes = [difference(make(48, 80), make(48, 80)) for _ in range(300)]
+        scores = torch.tensor([one.cosine / one.chance for one in sizes])
+        assert 0.7 < float(scores.std()) < 1.2, make
+        assert float(scores.abs().max()) < 5, make
+    w = uneven(48, 80)
+    assert difference(w, 2 * w).cosine == pytest.approx(1)
+    assert difference(w, torch.zeros(48, 80)).cosine == 0
+
+
 def test_the_same_and_a_cast_are_said_to_be_so(tmp_path):
     before = suspects.base(torch.float32)
     narrow = {name: tensor.bfloat16() for name, tensor in before.items()}

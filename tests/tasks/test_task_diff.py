@@ -37,6 +37,20 @@ def test_a_person_reads_what_was_done_and_how_sure_it_is(pair, capsys):
         assert words in shown
 
 
+@pytest.mark.parametrize("kind", ["unrelated", "fine-tune"])
+def test_a_remainder_and_a_stranger_are_not_said_to_be_predicted(tmp_path, capsys, kind):
+    before = suspects.base()
+    after = suspects.base(seed=1) if kind == "unrelated" else suspects.trained(before)
+    folders = [str(suspects.write(tmp_path / name, x)) for name, x in (("before", before), ("after", after))]
+    out = tmp_path / "found.safetensors"
+    assert main(["diff", *folders, "-o", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    words = "41 of 41 changed matrices have no more in common" if kind == "unrelated" else "no account predicts half"
+    assert words in shown
+    assert "and predicts" not in shown
+    assert not out.exists()
+
+
 def test_json_holds_the_verdict_the_kernel_and_every_matrix(pair, capsys):
     assert main(["diff", *pair, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

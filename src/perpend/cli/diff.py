@@ -16,7 +16,7 @@ from perpend.cli import render, views
 from perpend.cli.options import MEASURE, Request, command
 from perpend.cli.text import printable
 from perpend.options.table import OUTPUT
-from perpend.report.changes import by_kind
+from perpend.report.changes import NO_NUMBERS, by_kind
 
 Checkpoint = "hub id (org/name or org/name@revision) or directory"
 Base = Annotated[str, typer.Argument(metavar="BASE", help=f"The model before: {Checkpoint}.", show_default=False)]
@@ -49,7 +49,7 @@ def diff(base: Base, other: Other, third: Third = None, output: Recovered = None
     """Tell what was done to one model to make another.
 
     From the weights alone, tensor by tensor: an ablation with its direction, side, strength per layer and kernel, an
-    adapter, a fine-tune, a merge, a round trip through a quantised format, noise; and how sure that is.
+    adapter, a fine-tune, a merge, a round trip through a quantised format, noise, another model; and how sure that is.
     """
     result = perpend.diff(base, other, third=third, output=output, dry_run=request.dry_run)
     request.out.result(result, views.planned if request.dry_run else view)
@@ -62,10 +62,7 @@ def view(data: dict[str, Any]) -> Iterator[RenderableType]:
     verdict, tensors = data["verdict"], data["tensors"]
     yield Text(printable(verdict["detail"]), style="bold")
     if verdict["told"]:
-        yield Text(
-            f"confidence {verdict['confidence']:.2f}: passes on {verdict['passed']} of {verdict['told']} changed "
-            f"matrices and predicts {verdict['score']:.1%} of the change beyond rounding"
-        )
+        yield Text(f"confidence {verdict['confidence']:.2f}: {verdict['basis']}")
     for ground in verdict["grounds"]:
         yield Text(f"· {printable(ground)}", style="dim")
     if data["ablation"] and verdict["name"] in ("ablation", "mixed"):
@@ -120,7 +117,8 @@ def _changes(changes: list[dict[str, Any]]) -> Table:
     for own in by_kind(changes):
         span = f"{own.ranks[0]}" if own.ranks[0] == own.ranks[1] else f"{own.ranks[0]} – {own.ranks[1]}"
         account = own.account or "none of the accounts"
-        made.add_row(printable(own.kind), str(own.count), f"{own.moved:.2%}", span, f"{own.share:.1%}", account)
+        share = "–" if own.account in NO_NUMBERS else f"{own.share:.1%}"
+        made.add_row(printable(own.kind), str(own.count), f"{own.moved:.2%}", span, share, account)
     return made
 
 

@@ -18,6 +18,10 @@ EXPLAINS = 0.9
 WHITE = (0.8, 1.25)
 """Range of σ₁, relative to independent entries of the same energy, that passes for white noise."""
 
+SIGMAS, UNLIKE, TELLING = 5.0, 0.05, 0.25
+"""A cosine of W and W' within so many standard deviations of chance, or below `UNLIKE`, says that the two have nothing
+in common; where chance alone reaches `TELLING` it says nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -55,11 +59,17 @@ class Change:
         """Whether the matrix changed by more than rounding gives, so that it speaks for or against an account."""
         return self.rank > 0 or self.sizes.energy > 2 * self.sizes.rounding
 
+    @property
+    def unrelated(self) -> bool:
+        """Whether the matrix has no more in common with the base's than one that knows nothing of it."""
+        bound = max(UNLIKE, SIGMAS * self.sizes.chance)
+        return bound < TELLING and abs(self.sizes.cosine) <= bound
+
     def shares(self) -> dict[str, float]:
         """Return, for every account, the share of the change beyond rounding that it predicts, 0 to 1.
 
         White noise predicts no numbers; its share is 1 or 0, by whether the singular values and the missing
-        correlation with everything else are those of noise.
+        correlation with everything else are those of noise. So it is with unrelated weights, by the cosine.
         """
         ablation = max(0.0, self.ablation.explained) if self.ablation else 0.0
         quantised = self.quantised[1]
@@ -67,7 +77,8 @@ class Change:
         capped = self.rank < min(RANKS[1], min(self.shape) // 2)
         low = min(1.0, self.low_rank) if capped else 0.0
         noise = ablation < 0.1 and quantised < 0.5 and not self.lattice and WHITE[0] <= self.white <= WHITE[1]
-        found = {"ablation": ablation, "quantised": max(quantised, lattice), "noise": float(noise), "low-rank": low}
+        found = {"unrelated": float(self.unrelated), "ablation": ablation, "quantised": max(quantised, lattice)}
+        found |= {"noise": float(noise), "low-rank": low}
         return found | ({"interpolation": self.towards[1]} if self.towards else {})
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +93,7 @@ class Change:
             "dtypes": list(self.dtypes),
             "moved": self.sizes.moved,
             "changed": self.sizes.changed,
+            "cosine": self.sizes.cosine,
             "rounding": (self.sizes.rounding**0.5) / self.sizes.size if self.sizes.size else 0.0,
             "rank": self.rank,
             "singular": list(self.singular[:8]),
@@ -145,6 +157,8 @@ def measure(
         towards=accounts.along(before, after, third, sizes) if third is not None else None,
         left=left[0].float(),
     )
+    if bare.unrelated:
+        return bare
     return replace(bare, **_accounts(before, after, sizes, found, hidden))
 
 

@@ -15,9 +15,9 @@ from perpend.errors import UsageError
 from perpend.export.checkpoint import Checkpoint
 from perpend.forensics import accounts
 from perpend.forensics.change import EXPLAINS, Change, measure
-from perpend.forensics.pairs import Pair, Pairs, Place, matrices, read_tensor
+from perpend.forensics.pairs import Pair, Pairs, matrices, read_tensor
 from perpend.forensics.shared import Shared, shared
-from perpend.forensics.verdict import Verdict, judge
+from perpend.forensics.verdict import Rest, Verdict, judge
 from perpend.progress import track
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
@@ -109,10 +109,11 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
     changes: list[Change] = []
     vectors: list[Vector] = []
     unread: list[str] = []
-    equal = cast = 0
+    equal = cast = kept = 0
     for pair in track(pairs.matched, "compare"):
         if pairs.equal(pair):
             equal += 1
+            kept += len(pair.before.shape) in (2, 3)
             continue
         read = pairs.read(pair)
         if read is None:
@@ -120,6 +121,7 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
             continue
         if _same(*read):
             cast += 1
+            kept += len(pair.before.shape) in (2, 3)
             continue
         if read[0].ndim not in (2, 3):
             size = float(read[0].double().norm())
@@ -130,11 +132,17 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
     if found is not None:
         changes = [_along_shared(change, pairs, found) for change in changes]
         found = shared(changes)
-    places = [Place.of(pair.before.name) for pair in pairs.matched]
-    n_layers: dict[str, int] = {}
-    for place in places:
-        if place.layer is not None:
-            n_layers[place.stem] = max(n_layers.get(place.stem, 0), place.layer + 1)
+    n_layers = _layers(pairs)
+    rest = Rest(
+        matrices=sum(len(pair.before.shape) in (2, 3) for pair in pairs.matched),
+        kept=kept,
+        vectors=len(vectors),
+        cast=cast,
+        unread=len(unread),
+        apart=len(pairs.missing) + len(pairs.reshaped),
+        added=len(pairs.added),
+        third=third is not None,
+    )
     return Examination(
         tensors=len(pairs.matched),
         equal=equal,
@@ -148,8 +156,17 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
         n_layers=n_layers,
         shared=found,
         kernels=_kernels(changes, n_layers) if found is not None else {},
-        verdict=judge(changes, vectors=len(vectors), cast=cast, unread=len(unread), third=third is not None),
+        verdict=judge(changes, rest),
     )
+
+
+def _layers(pairs: Pairs) -> dict[str, int]:
+    """Return how many layers there are, by what comes before them in the names."""
+    found: dict[str, int] = {}
+    for pair in pairs.matched:
+        if pair.place.layer is not None:
+            found[pair.place.stem] = max(found.get(pair.place.stem, 0), pair.place.layer + 1)
+    return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -60,6 +60,10 @@ class Difference:
     changed: float
     """Share of the elements that differ."""
     finite: bool
+    cosine: float
+    """⟨W, W'⟩ / (‖W‖ ‖W'‖): what the two have in common, 0 where one of them is zero."""
+    chance: float
+    """Standard deviation of that cosine for matrices that know nothing of each other."""
 
     @property
     def moved(self) -> float:
@@ -79,9 +83,14 @@ def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def difference(before: Tensor, after: Tensor) -> Difference:
-    """Measure two matrices `[m, n]` of any float dtype."""
+    """Measure two matrices `[m, n]` of any float dtype.
+
+    The cosine of W and a W' turned at random has variance 1 / mn, whatever the spectra; with the sizes of all elements
+    kept and the signs of W' drawn, it is Σ w² w'² / (‖W‖² ‖W'‖²). The larger of the two is its `chance`.
+    """
     rows = torch.zeros(before.shape[0], dtype=torch.float64)
     columns, size, energy, changed = 0.0, 0.0, 0.0, 0
+    dot = made = both = 0.0
     for _, (w, new) in blocks(before, after):
         noise = spacing(new, after.dtype).square() / 12
         rows += noise.sum(1)
@@ -89,9 +98,16 @@ def difference(before: Tensor, after: Tensor) -> Difference:
         delta = new - w
         size, energy = size + float(w.square().sum()), energy + float(delta.square().sum())
         changed += int((delta != 0).sum())
+        product = w * new
+        dot, made = dot + float(product.sum()), made + float(new.square().sum())
+        both += float(product.square().sum())
     floor = MARGIN * (math.sqrt(float(rows.max())) + math.sqrt(columns))
     finite = math.isfinite(energy) and math.isfinite(size)
-    return Difference(math.sqrt(size), energy, float(rows.sum()), floor, changed / before.numel(), finite)
+    lengths = math.sqrt(size * made) if finite else 0.0
+    cosine = dot / lengths if lengths else 0.0
+    chance = max(1 / math.sqrt(before.numel()), math.sqrt(both) / lengths) if lengths else 1.0
+    share = changed / before.numel()
+    return Difference(math.sqrt(size), energy, float(rows.sum()), floor, share, finite, cosine, chance)
 
 
 def spectrum(columns: Columns, shape: Sequence[int], rank: int = RANKS[0], seed: int = 0) -> Spectrum:

@@ -9,6 +9,9 @@ from typing import Any
 PASSES, PARTLY = 0.9, 0.5
 """Mean shares from which an account is taken for the kind, and below which none is named."""
 
+NO_NUMBERS = ("unrelated", "noise")
+"""Accounts that a matrix passes or not, and that predict no numbers of it."""
+
 
 @dataclass(frozen=True)
 class Kind:

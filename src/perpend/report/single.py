@@ -74,13 +74,15 @@ class Verdict(Part):
     detail: str
     confidence: Number
     score: Number
-    """Share of the change beyond rounding that it predicts."""
+    """Share of the change beyond rounding that it predicts; of a fine-tune, the share that no account does."""
     passed: int
     """Matrices on which it passes."""
     told: int
     """Matrices that changed by more than rounding."""
     scores: dict[str, Number]
     """Of every account."""
+    basis: str = ""
+    """What the confidence rests on, in words."""
     grounds: tuple[str, ...]
 
 
