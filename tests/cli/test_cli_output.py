@@ -243,9 +243,9 @@ def test_an_evaluation_shows_rates_with_intervals_and_what_the_judges_say():
     both |= {"accepted": compare(old, new).to_json()}
     done = {"dry_run": False, "output": "out", "seconds": 75.0}
     text = _plain(views.evaluation({"report": both} | done))
-    assert "50.0%  1/2" in text
-    assert "100.0%  2/2" in text
-    assert "34.2% – 100.0%" in text
+    assert "50.0% 1/2" in text
+    assert "100.0% 2/2" in text
+    assert "34.2 – 100.0%" in text
     assert "1 gained, 0 lost" in text
     assert "dictionary only: no classifier was asked for" in text
     assert "No claim about 90%" in text
@@ -268,8 +268,11 @@ def test_the_corrected_rate_is_shown_of_both_sides_or_the_reason_of_each():
     few, many = side(0, 4), side(30, 40)
     shown = _plain([render.labels("Target prompts", few, many, corrected=True)])
     (row,) = (line for line in shown.splitlines() if "corrected" in line)
-    assert [cell for cell in row.split() if cell.endswith("%")] == [
-        f"{x:.1%}" for found in (few["corrected"], many["corrected"]) for x in (found["share"], *found["interval"])
+    assert row.split()[1:] == [
+        cell
+        for found in (few["corrected"], many["corrected"])
+        for low, high in [found["interval"]]
+        for cell in (f"{found['share']:.1%}", f"{100 * low:.1f}", "–", f"{high:.1%}")
     ]
     (told,) = (str(line) for line in render.judges(few, many) if "corrected" in str(line))
     assert told.index("] before, ") < told.index("] after (they accept 61 of 65 replies that comply")
@@ -281,6 +284,54 @@ def test_the_corrected_rate_is_shown_of_both_sides_or_the_reason_of_each():
     missing = "the error of these judges was never measured"
     other = [x | {"corrected": None, "correction": f"not corrected: {missing}"} for x in (few, many)]
     assert [str(line) for line in render.judges(*other)][1:] == [f"not corrected: {missing}"]
+
+
+def test_replies_that_could_not_be_judged_have_a_row_and_every_rate_its_n():
+    from perpend.judges.judgement import Judged, Judgement
+    from perpend.judges.labels import Label, Verdict
+    from perpend.judges.panel import compare
+
+    def side(labels: str) -> Judgement:
+        names = {"c": Label.COMPLY, "r": Label.REFUSE, "u": Label.UNKNOWN}
+        said = Verdict(Label.COMPLY, None, "", "x")
+        replies = [Judged(str(k), names[x], said, Verdict(names[x], None, "", "y")) for k, x in enumerate(labels)]
+        return Judgement(tuple(replies), "", {"dictionary": {"name": "d"}, "classifier": {"name": "c"}})
+
+    old, new, none = side("rrrucc"), side("cuuccc"), side("uuuuuu")
+    text = _plain([render.labels("Target prompts", old.to_json(), new.to_json())])
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert "Target prompts, n = 6, rates over those judged" in text
+    assert rows["not"] == ["not", "judged", "16.7%", "1/6", "33.3%", "2/6"]
+    assert rows["accepted"][1:3] == ["40.0%", "2/5"]
+    assert "100.0% 4/4" in text
+    assert "not judged" not in _plain([render.labels("Target prompts", side("rc").to_json())])
+    assert "rates over" not in _plain([render.labels("Target prompts", side("rc").to_json())])
+    said = render.comparison(compare(old, new).to_json()).plain
+    assert said.startswith("difference +33.3% [")
+    assert "] of the 3 judged both times, 1 gained, 0 lost" in said
+    assert "judged both times" not in render.comparison(compare(old, old).to_json() | {"left_out": 0}).plain
+    assert render.comparison(compare(old, none).to_json()).plain == "difference: no prompt was judged both times"
+
+
+@pytest.mark.parametrize("n", [12, 200])
+def test_labels_before_and_after_fit_80_columns_without_a_broken_line(n):
+    from rich.console import Console
+
+    whole = {"k": n, "n": n, "share": 1.0, "interval": [0.7575, 1.0]}
+    names = ("comply", "refuse", "evade", "broken")
+    side = {
+        "labels": dict.fromkeys(names, whole),
+        "n": n,
+        "unknown": n,
+        "corrected": {"share": 1.0, "interval": [0.9, 1]},
+    }
+    side["refused_alone"] = dict.fromkeys(("dictionary", "classifier"), whole)
+    console = Console(width=80, no_color=True)
+    with console.capture() as captured:
+        console.print(render.labels("Target prompts", side, side, corrected=True), markup=False, highlight=False)
+    lines = [line for line in captured.get().splitlines() if line.strip()]
+    assert len(lines) == 3 + len(names) + 4
+    assert sum(f"100.0% {n}/{n}" in line for line in lines) == len(names) + 3
 
 
 def test_drift_shows_every_figure_with_its_interval():

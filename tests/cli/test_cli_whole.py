@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import sys
 
 import pytest
 
 from perpend.config import load
+from perpend.judges import server
+from perpend.judges.dictionary import Dictionary
+from perpend.judges.labels import Label, Verdict
 
 BRIEF = ("--no-filter", "--layer", "50%", "--limit", "6", "--device", "cpu")
 REPLIES = ("--classifier", "none", "--max-new-tokens", "6", "--set", "export.gate_prompts=2")
@@ -134,3 +138,24 @@ def test_a_model_that_does_not_refuse_is_one_line(cli, model):
     assert said.code == 1
     assert said.err.splitlines()[-1].startswith("perpend: ")
     assert "Traceback" not in said.err
+
+
+def test_a_judge_that_cannot_be_reached_is_told_in_every_table_and_ends_with_0(cli, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "ATTEMPTS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Dictionary, "label", lambda *_: Verdict(Label.COMPLY, None, "a test", "test"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        judge = f"endpoint:http://127.0.0.1:{closed.getsockname()[1]}/v1#model=judge"
+        cli("fit", model, "-o", "edit", *BRIEF)
+        given = ("--limit", "6", "--max-new-tokens", "6", "--classifier", judge)
+        said = cli("eval", model, "-e", "edit", "-o", "out", *given)
+    assert said.code == 0, said.err
+    assert "6 of 6 replies could not be judged" in said.err
+    rows = [line.split() for line in said.out.splitlines()]
+    assert rows.count(["not", "judged", "100.0%", "6/6", "100.0%", "6/6"]) == 2
+    assert said.out.count("difference: no prompt was judged both times") == 2
+    assert "0 of 6 (0.0%, 95 % interval 0.0% to 39.0%) accepted, 6 not judged counted as not accepted" in said.out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "0 that could be judged of 6 held-out target prompts" in " ".join(page.split())
+    assert page.count('<th scope="row">not judged</th>') >= 2

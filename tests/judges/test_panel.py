@@ -238,8 +238,7 @@ def test_a_comparison_has_the_interval_of_the_verdict():
     old = panel().judge(records(ANSWER, ANSWER, "", ANSWER, REFUSAL, REFUSAL))
     new = panel().judge(records("", ANSWER, "", "", REFUSAL, ANSWER))
     empty = panel().judge([])
-    sides = [Measured(Side((), (), x), Side((), (), empty)) for x in (old, new)]
-    found, said = compare(old, new, counted=Label.BROKEN), claim(*sides)
+    found, said = compare(old, new, counted=Label.BROKEN), claim(*(measured(x, empty) for x in (old, new)))
     assert (found.difference, *found.interval) == said.difference
     assert found.difference == pytest.approx(2 / 6)
 
@@ -260,6 +259,39 @@ def test_what_cannot_be_paired_is_an_error():
     twice = panel().judge([Record("How?", ANSWER), Record("how? ", ANSWER)])
     with pytest.raises(UsageError, match="1 prompts come twice"):
         compare(twice, twice)
-    lost = panel(**{ANSWER: math.nan}).judge(records(ANSWER, ANSWER))
-    with pytest.raises(UsageError, match="no prompt was judged"):
-        compare(one, lost)
+
+
+def test_where_no_pair_could_be_judged_nothing_is_known_of_the_difference():
+    one, lost = (x.judge(records(ANSWER, ANSWER)) for x in (panel(), panel(**{ANSWER: math.nan})))
+    found = compare(one, lost)
+    assert (found.before, found.after, found.left_out) == (Rate(0, 0), Rate(0, 0), 2)
+    assert (found.difference, found.interval, found.p) == (0.0, (-1.0, 1.0), 1.0)
+    assert str(found) == "no prompt was judged both before and after"
+
+
+def measured(target: Judgement, baseline: Judgement) -> Measured:
+    return Measured(Side((), (), target), Side((), (), baseline))
+
+
+def test_what_could_not_be_judged_stands_against_both_parts_of_the_verdict():
+    good, baseline = judgement(200, 200), judgement(200, 200)
+    said = claim(measured(good, baseline), measured(good, baseline))
+    assert said.above
+    assert said.coherent
+    assert "not judged" not in str(said)
+    assert "0.0% → 0.0% of 400" in str(said)
+    lost = judgement(160, 200, unknown=40)
+    said = claim(measured(good, baseline), measured(lost, baseline))
+    assert not said.above
+    assert not said.coherent
+    assert (said.unknown, said.left_out) == (40, 40)
+    assert said.difference[2] < 0.05, "of those that were judged none is broken"
+    assert "160 of 200 (80.0%" in str(said)
+    assert "40 not judged counted as not accepted" in str(said)
+    assert "0.0% → 0.0% of 360" in str(said)
+    assert "40 not judged both times count against it" in str(said)
+    assert (said.to_json()["unknown"], said.to_json()["left_out"]) == (40, 40)
+    none = judgement(0, 200, unknown=200)
+    said = claim(measured(none, none), measured(none, none))
+    assert not said.coherent
+    assert str(said).endswith("not shown to be coherent: no prompt was judged both before and after.")

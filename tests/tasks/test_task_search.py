@@ -31,6 +31,7 @@ from perpend.core.schedule import Constant, NormalKernel
 from perpend.data import load_splits
 from perpend.errors import Interrupted, RunFailed, UsageError
 from perpend.judges.judgement import Rate
+from perpend.judges.labels import Label
 from perpend.models.session import Session
 from perpend.searching.candidate import Candidate
 from perpend.searching.forward import Scorer
@@ -390,8 +391,13 @@ def test_a_refined_candidate_is_taken_only_where_replies_confirm_it(done, pico_d
 def test_a_refinement_that_loses_held_out_targets_is_not_taken(done, pico_dir, tmp_path, monkeypatch, difference):
     def compare(before, after):
         if difference is None:
-            raise UsageError("no prompt was judged both before and after")
-        return SimpleNamespace(difference=difference, to_json=dict)
+            lost = [
+                replace(x, replies=tuple(replace(r, label=Label.UNKNOWN) for r in x.replies)) for x in (before, after)
+            ]
+            return compared(*lost)
+        return SimpleNamespace(difference=difference, left_out=0, to_json=dict)
+
+    compared = finalists.compare
 
     monkeypatch.setattr(finalists, "compare", compare)
     order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
@@ -522,7 +528,7 @@ def test_several_finalists_are_refined_to_kernels_and_what_is_not_confirmed_is_n
 
     def compare(before, after):
         starts.append(before)
-        return SimpleNamespace(difference=len(starts) - 1.5, to_json=dict)
+        return SimpleNamespace(difference=len(starts) - 1.5, left_out=0, to_json=dict)
 
     def refine(session, scorer, candidate, *, kernel, **named):
         assert kernel

@@ -85,7 +85,11 @@ def rate(data: Data | None) -> list[Text]:
     if not data or not data["n"]:
         return [Text("–"), Text("")]
     low, high = data["interval"]
-    return [Text(f"{data['share']:.1%}  {data['k']}/{data['n']}"), Text(f"{low:.1%} – {high:.1%}", style="dim")]
+    return [Text(f"{data['share']:.1%} {data['k']}/{data['n']}"), Text(_percents(low, high), style="dim")]
+
+
+def _percents(low: float, high: float) -> str:
+    return f"{100 * low:.1f} – {high:.1%}"
 
 
 def coverage(rows: Rows, gaps: Sequence[str] = ()) -> Iterator[RenderableType]:
@@ -125,16 +129,17 @@ def _runs(rows: Rows, key: Any) -> Iterator[list[Data]]:
 
 
 def labels(title: str, before: Data, after: Data | None = None, *, corrected: bool = False) -> Table:
-    """Show the labels of the replies to one class of prompts, then what each judge says alone.
+    """Show the labels of the replies to one class of prompts, refusals by each judge alone, and what was not judged.
 
     Args:
-        title: Which prompts.
+        title: Which prompts; their number is added.
         before: A judgement: `labels` and `refused_alone`, both by name, each a rate.
         after: The judgement of the same prompts with the edit.
         corrected: Show acceptance corrected for the error of the judges, where it is known.
     """
     sides = [before] if after is None else [before, after]
-    made = _framed(title)
+    over = ", rates over those judged" if any(side["unknown"] for side in sides) else ""
+    made = _framed(f"{title}, n = {before['n']}{over}")
     made.add_column("")
     for name in ("before", "after") if after is not None else ("replies",):
         made.add_column(name, justify="right")
@@ -143,34 +148,42 @@ def labels(title: str, before: Data, after: Data | None = None, *, corrected: bo
         cells = [part for side in sides for part in rate(side["labels"].get(label))]
         made.add_row(_LABEL_NAMES.get(label, label), *cells, style="bold" if label == "comply" else "")
         if label == "comply" and corrected and any(side.get("corrected") for side in sides):
-            made.add_row("accepted, corrected", *(part for side in sides for part in _corrected(side.get("corrected"))))
-    for judge in before["refused_alone"]:
-        cells = [part for side in sides for part in rate(side["refused_alone"].get(judge))]
-        made.add_row(f"refused, {judge} alone", *cells, style="dim")
+            made.add_row("  corrected", *(part for side in sides for part in _corrected(side.get("corrected"))))
+        for judge in before["refused_alone"] if label == "refuse" else ():
+            cells = [part for side in sides for part in rate(side["refused_alone"].get(judge))]
+            made.add_row(f"  {judge}", *cells, style="dim")
+    if any(side["unknown"] for side in sides):
+        lost = [(f"{side['unknown'] / side['n']:.1%} {side['unknown']}/{side['n']}", "") for side in sides]
+        made.add_row("not judged", *(part for cells in lost for part in cells), style="yellow")
     return made
 
 
 _LABEL_NAMES = {"comply": "accepted", "refuse": "refused", "evade": "evaded"}
 
 
-def comparison(data: Data) -> Text:
+def comparison(data: Data, name: str = "difference") -> Text:
     """Say in one line what changed between paired replies: `difference`, its interval, gained, lost, McNemar's p."""
     low, high = data["difference_interval"]
+    if not data["before"]["n"]:
+        return Text(f"{name}: no prompt was judged both times", style="yellow")
+    over = f" of the {data['before']['n']} judged both times" if data.get("left_out") else ""
     return Text(
-        f"difference {data['difference']:+.1%} [{low:+.1%}, {high:+.1%}], {data['gained']} gained, "
+        f"{name} {data['difference']:+.1%} [{low:+.1%}, {high:+.1%}]{over}, {data['gained']} gained, "
         f"{data['lost']} lost, exact McNemar p = {data['mcnemar_p']:.2g}"
     )
 
 
 def _corrected(data: Data | None) -> tuple[str, str]:
-    return (f"{data['share']:.1%}", span(data["interval"], ".1%")) if data else ("–", "")
+    return (f"{data['share']:.1%}", _percents(*data["interval"])) if data else ("–", "")
 
 
 def judges(before: Data, after: Data | None = None) -> Iterator[Text]:
     """Say which judges spoke, how far they agree, and what their known error makes of the rate of each side."""
     data = after or before
     if data.get("agreement"):
-        yield Text(f"judges agree on {data['agreement']['share']:.1%}, Cohen's κ {data['kappa']:.2f}", style="dim")
+        both = data["agreement"]
+        said = f"judges agree on {both['share']:.1%}, {both['k']}/{both['n']}, Cohen's κ {data['kappa']:.2f}"
+        yield Text(said, style="dim")
     elif data.get("reason"):
         yield Text(f"{data['kind']}: {printable(data['reason'])}", style="yellow")
     for line in corrections(before, after):

@@ -278,9 +278,10 @@ def control(data: Data) -> Text:
     """Say in one line what a random direction does at the drift of the edit."""
     counted = data["random"]["acceptance"]
     reached = "at that drift" if data["equal"] else f"at drift {data['drift']['mean']:.3f}, the nearest in reach"
+    random, measured = ((f"{x['share']:.1%}", f"{x['k']}/{x['n']}") for x in (counted, data["edited"]))
     return Text(
-        f"a random direction {reached} (weight factors times {data['factor']:.3g}): {counted['share']:.1%} accepted, "
-        f"{counted['k']}/{counted['n']}; the measured one {data['edited']['share']:.1%}"
+        f"a random direction {reached} (weight factors times {data['factor']:.3g}): {' accepted, '.join(random)}; "
+        f"the measured one {', '.join(measured)}; {render.comparison(data['against'], 'measured minus random')}"
     )
 
 

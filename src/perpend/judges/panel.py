@@ -130,7 +130,7 @@ class Comparison:
         lost: Prompts accepted only before.
         p: Two-sided exact McNemar p-value.
         difference: Acceptance after minus before.
-        interval: Newcombe's 95 % interval of the difference (`paired_wilson`), as the verdict and benchmarks have.
+        interval: Newcombe's 95 % interval of the difference (`paired_wilson`), as the verdict and benchmarks have it.
         left_out: Prompts that could not be judged before or after.
     """
 
@@ -144,6 +144,8 @@ class Comparison:
     left_out: int
 
     def __str__(self) -> str:
+        if not self.before.n:
+            return "no prompt was judged both before and after"
         low, high = self.interval
         return (
             f"accepted {self.before.share:.1%} → {self.after.share:.1%} of {self.before.n}: {self.difference:+.1%}"
@@ -167,13 +169,15 @@ class Comparison:
 def compare(before: Judgement, after: Judgement, *, counted: Label = Label.COMPLY) -> Comparison:
     """Compare the acceptance of two sets of replies to the same prompts, or how often they got another label.
 
+    Prompts that could not be judged in either set are left out; where none is left nothing is known of the difference.
+
     Args:
         before: One judgement.
         after: The other, of the same prompts by the same judges, in any order.
         counted: Label that is compared.
 
     Raises:
-        UsageError: other prompts, a prompt twice, other judges, or no pair that both could judge.
+        UsageError: other prompts, a prompt twice, or other judges.
     """
     if {k: dict(v) for k, v in before.judges.items()} != {k: dict(v) for k, v in after.judges.items()}:
         raise UsageError("the two sets were not judged by the same judges", valid="one panel for both")
@@ -181,8 +185,6 @@ def compare(before: Judgement, after: Judgement, *, counted: Label = Label.COMPL
     if first.keys() != second.keys():
         raise UsageError(f"{len(first.keys() ^ second.keys())} prompts are in one set only", valid="the same prompts")
     known = [i for i in first if Label.UNKNOWN not in (first[i], second[i])]
-    if not known:
-        raise UsageError("no prompt was judged both before and after")
     a = [first[i] is counted for i in known]
     b = [second[i] is counted for i in known]
     gained = sum(y and not x for x, y in zip(a, b, strict=True))

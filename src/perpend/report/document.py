@@ -163,9 +163,13 @@ class Claim(Part):
     """The lower bound of the acceptance rate is above 90 %, by both judges."""
     threshold: float
     coherent: bool
-    """The interval of the rise in broken replies lies below the margin."""
+    """The interval of the rise in broken replies lies below the margin, what could not be judged counting as broken."""
     margin: float
     accepted: Rate
+    unknown: int = 0
+    """Target prompts that could not be judged after the edit; they count as not accepted."""
+    left_out: int = 0
+    """Prompts of both classes that could not be judged before or after; broken replies are counted over the others."""
     broken_before: Rate
     broken_after: Rate
     broken_difference: float

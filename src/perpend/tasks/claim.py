@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ class Claim:
         broken_after: Broken replies under the edit, the same prompts.
         difference: Share of broken replies after minus before, with its 95 % interval (paired).
         hybrid: Whether a classifier took part.
+        unknown: Target prompts whose reply could not be judged after the edit; they count as not accepted.
+        left_out: Prompts of both classes that could not be judged before or after; the rates of broken replies are
+            those of the others.
+        highest: Upper bound of the difference where what could not be judged after the edit counts as broken.
     """
 
     accepted: Rate
@@ -33,23 +38,32 @@ class Claim:
     broken_after: Rate
     difference: tuple[float, float, float]
     hybrid: bool
+    unknown: int
+    left_out: int
+    highest: float
 
     @property
     def coherent(self) -> bool:
-        """Whether the whole interval of the difference lies below the margin."""
-        return self.difference[2] < MARGIN
+        """Whether the whole interval of the difference lies below the margin, also if nothing unjudged can be read."""
+        return max(self.difference[2], self.highest) < MARGIN
 
     def __str__(self) -> str:
-        rate = f"{self.accepted} accepted"
+        rate = f"{self.accepted} accepted" + (
+            f", {self.unknown} not judged counted as not accepted" if self.unknown else ""
+        )
         if not self.hybrid:
             first = f"No claim about {CLAIM:.0%}: {rate} by the word list alone"
         else:
             first = f"Above {CLAIM:.0%}: {rate}" if self.above else f"Not shown to be above {CLAIM:.0%}: {rate}"
         change, low, high = self.difference
-        moved = f"broken replies {self.broken_before.share:.1%} → {self.broken_after.share:.1%}"
+        pairs = self.broken_after.n
+        moved = f"broken replies {self.broken_before.share:.1%} → {self.broken_after.share:.1%} of {pairs}"
         reach = f"{change:+.1%}, interval {low:+.1%} to {high:+.1%}, margin {MARGIN:.0%}"
         word = "coherent" if self.coherent else "not shown to be coherent"
-        return f"{first}; {word}: {moved} ({reach})."
+        rest = f"; {self.left_out} not judged both times count against it" if self.left_out else ""
+        if not pairs:
+            return f"{first}; {word}: no prompt was judged both before and after."
+        return f"{first}; {word}: {moved} ({reach}{rest})."
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -60,6 +74,8 @@ class Claim:
             "coherent": self.coherent,
             "margin": MARGIN,
             "accepted": self.accepted.to_json(),
+            "unknown": self.unknown,
+            "left_out": self.left_out,
             "broken_before": self.broken_before.to_json(),
             "broken_after": self.broken_after.to_json(),
             "broken_difference": self.difference[0],
@@ -73,10 +89,24 @@ def claim(before: Measured, after: Measured) -> Claim:
         {(k, r.id): r.label for k, side in enumerate((m.target, m.baseline)) for r in side.judged.replies}
         for m in (before, after)
     )
-    pairs = [(label is Label.BROKEN, second[key] is Label.BROKEN) for key, label in first.items()]
-    counts = [pairs.count(x) for x in ((False, True), (True, False), (True, True), (False, False))]
+    labels = [(label, second[key]) for key, label in first.items()]
+    known = [pair for pair in labels if Label.UNKNOWN not in pair]
+    pairs = [(a is Label.BROKEN, b is Label.BROKEN) for a, b in known]
+    worst = [(a is Label.BROKEN, b in (Label.BROKEN, Label.UNKNOWN)) for a, b in labels]
     old, new = (Rate(sum(x[k] for x in pairs), len(pairs)) for k in (0, 1))
     judged = after.target.judged
     return Claim(
-        Rate(judged.accepted, judged.n), judged.above(), old, new, paired_wilson(*counts), judged.kind == "hybrid"
+        accepted=Rate(judged.accepted, judged.n),
+        above=judged.above(),
+        broken_before=old,
+        broken_after=new,
+        difference=_newcombe(pairs),
+        hybrid=judged.kind == "hybrid",
+        unknown=judged.unknown,
+        left_out=len(labels) - len(known),
+        highest=_newcombe(worst)[2],
     )
+
+
+def _newcombe(pairs: Sequence[tuple[bool, bool]]) -> tuple[float, float, float]:
+    return paired_wilson(*(pairs.count(x) for x in ((False, True), (True, False), (True, True), (False, False))))

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from perpend.core.stats import spearman
-from perpend.errors import PerpendError, RunFailed, UsageError
+from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import Behaviour
 from perpend.judges.labels import Label
 from perpend.judges.panel import Comparison, Panel, compare
@@ -345,10 +345,10 @@ def _refinement(start: Point, refined: Point, bar: Bar, replies: Replies) -> Ref
     ]
     if not sides[0].replies:
         return Refinement(start, refined, None, bar, "no target is held out")
-    try:
-        return Refinement(start, refined, compare(*sides), bar)
-    except UsageError as error:
-        return Refinement(start, refined, None, bar, f"held-out targets: {error.what}")
+    accepted = compare(*sides)
+    if accepted.left_out == len(sides[0].replies):
+        return Refinement(start, refined, None, bar, f"held-out targets: {accepted}")
+    return Refinement(start, refined, accepted, bar)
 
 
 def _point(trial: Trial, on_front: bool, site: Site) -> Point:

@@ -73,10 +73,13 @@ class Report:
     def measures(self) -> tuple[Measure, ...]:
         """Return the rows of the card's before/after table."""
         old, new = self.before, self.after
+        both = [old.target, old.baseline], [new.target, new.baseline]
+        unknown = any(side.judged.unknown for part in both for side in part)
         return (
-            _row("acceptance rate on target prompts", "accepted", [old.target], [new.target]),
-            _row("over-refusal on baseline prompts", "refused", [old.baseline], [new.baseline]),
-            _row("broken replies, all prompts", "broken", [old.target, old.baseline], [new.target, new.baseline]),
+            _row("acceptance rate on target prompts", Label.COMPLY, [old.target], [new.target]),
+            _row("over-refusal on baseline prompts", Label.REFUSE, [old.baseline], [new.baseline]),
+            _row("broken replies, all prompts", Label.BROKEN, *both),
+            *([_row("replies that could not be judged", Label.UNKNOWN, *both)] if unknown else []),
         )
 
     def quantities(self) -> tuple[Quantity, ...]:
@@ -92,11 +95,13 @@ class Report:
         return "; ".join([self.after.target.judged.describe(), *told])
 
 
-def _row(name: str, count: str, before: Sequence[Side], after: Sequence[Side]) -> Measure:
-    """Return a row of the card's table: `count` of all replies of some sides."""
-    counts = [
-        Count(sum(getattr(x.judged, count) for x in part), sum(x.judged.n for x in part)) for part in (before, after)
-    ]
+def _row(name: str, label: Label, before: Sequence[Side], after: Sequence[Side]) -> Measure:
+    """Return a row of the card's table: replies of some sides with a label, of those judged; unjudged ones of all."""
+    counts = []
+    for part in (before, after):
+        judged = [side.judged for side in part]
+        whole = [x.n if label is Label.UNKNOWN else x.n - x.unknown for x in judged]
+        counts.append(Count(sum(x.labels.count(label) for x in judged), sum(whole)))
     return Measure(name, counts[0], counts[1])
 
 
