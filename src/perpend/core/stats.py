@@ -91,13 +91,9 @@ def fisher_more(k: int, n: int, known: tuple[int, int]) -> float:
     other, m = known
     if not (0 <= k <= n and 0 <= other <= m):
         raise UsageError(f"{k} of {n} and {other} of {m}", valid="0 to n of n")
-    both = k + other
-    ways = [_log_choose(n, i) + _log_choose(m, both - i) for i in range(k, min(n, both) + 1)]
-    return min(1.0, math.fsum(math.exp(way - _log_choose(n + m, both)) for way in ways))
+    from scipy.stats import hypergeom
 
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return float(hypergeom.sf(k - 1, n + m, k + other, n))
 
 
 def mcnemar_exact(b: int, c: int) -> float:
