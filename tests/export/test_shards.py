@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -378,3 +379,34 @@ def test_result_is_json(llama, tmp_path):
     result = llama.bake(tmp_path / "out")
     assert json.loads(json.dumps(result.to_json()))["files"] == len(os.listdir(llama.source))
     assert len(result.edited) == len(llama.edit)
+
+
+@pytest.mark.parametrize(("room", "workers"), [(3.1, 2), (2.9, 1), (0.0, 1)])
+def test_one_matrix_is_edited_at_a_time_where_memory_does_not_hold_two(llama, tmp_path, monkeypatch, room, workers):
+    largest = max(llama.anatomy.writer(name).weight(llama.model).nbytes for name in llama.edit.modules)
+    asked, running, most, both = [], [], [], threading.Barrier(2)
+    inner = shards._overwrite
+
+    def free(device, memory):
+        asked.append((device.type, memory))
+        return int(room * largest)
+
+    def watched(*args):
+        running.append(1)
+        most.append(len(running))
+        if workers == 2:
+            both.wait(20)  # breaks, and fails the export, where the other is not let begin
+        try:
+            return inner(*args)
+        finally:
+            running.pop()
+
+    llama.bake(tmp_path / "whole")
+    monkeypatch.setattr(shards, "free_memory", free)
+    monkeypatch.setattr(shards, "_overwrite", watched)
+    with reporting(Steps()) as steps:
+        llama.bake(tmp_path / "out", memory=7)
+    assert asked == [("cpu", 7)]
+    assert max(most) == workers
+    assert any("memory is short" in line for line in steps.notes) == (workers == 1)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")

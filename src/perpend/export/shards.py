@@ -2,8 +2,8 @@
 
 Every file is copied as it is and then only the byte ranges of the edited matrices are overwritten, so names, order,
 dtypes, shapes, headers, shard layout and untouched tensors are byte-equal because nothing else was ever written. The
-arithmetic is float32 or better and is rounded once, to the tensor's own dtype. Two matrices are in memory at a time, in
-the file's dtype and with a block of columns of each widened.
+arithmetic is float32 or better and is rounded once, to the tensor's own dtype. Two matrices are in memory at a time, or
+one where memory is short, in the file's dtype and with a block of columns of each widened.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from perpend.export.checkpoint import INDEX, Checkpoint, files
 from perpend.export.names import Locator, TensorSlice, overlapping
 from perpend.export.staging import staged
 from perpend.models.headers import TensorEntry, read_header, read_into, read_range
-from perpend.progress import track
+from perpend.models.memory import free_memory
+from perpend.progress import note, track
 
 if TYPE_CHECKING:
     from perpend.models.anatomy import Anatomy
@@ -59,7 +60,9 @@ COPY_CHUNK = 64 << 20
 SHORT = (torch.bfloat16, torch.float16)
 """Dtypes beside which float32 is exact: a plain edit of them is computed in it, five times as fast as in float64."""
 WORKERS = 2
-"""Matrices that are edited at the same time."""
+"""Matrices that are edited at the same time, where memory holds as many."""
+HELD = 1.5
+"""What the editing of one takes at most, in sizes of the matrix, whatever the mode."""
 FILES = 2
 """Files that are written at the same time, so that one is flushed while another is copied."""
 
@@ -117,6 +120,7 @@ def bake(
     model: nn.Module,
     *,
     rounding: str = "auto",
+    memory: int | None = None,
     check: Callable[[Path, ExportResult, list[Patch]], None] | None = None,
 ) -> ExportResult:
     """Write the edited checkpoint to `out`, which appears whole or not at all.
@@ -128,6 +132,7 @@ def bake(
         out: Folder to make; may exist if empty. The work is done in `out.partial`.
         model: The loaded model, by whose values the tensors of the files are recognised; it is not changed.
         rounding: q4_0 or q8_0 for matrices whose edit survives a later plain pass of that type; else the nearest value.
+        memory: Bytes that this process may hold altogether; None for as many as there are.
         check: Called with `out.partial`, the result and what was overwritten when all bytes are there and before it is
             renamed; gates, reload tests and the card belong here. What it raises leaves `out.partial` for inspection.
 
@@ -152,9 +157,8 @@ def bake(
     cost = [Cost()]
     with staged(out, total) as folder:
         try:
-            for _ in track(
-                _write(checkpoint, folder, copies, patches, cost), "export", total=total, size=int, unit="B"
-            ):
+            steps = _write(checkpoint, folder, copies, patches, cost, at_once(patches, memory))
+            for _ in track(steps, "export", total=total, size=int, unit="B"):
                 pass
         except OSError as error:
             raise RunFailed(f"cannot be written: {error.strerror}; what is there is kept", where=str(folder)) from error
@@ -245,8 +249,28 @@ def _refuse_output(source: Path, out: Path) -> None:
         raise UsageError("already exists and is not empty", where=str(out), hint="choose another folder or remove it")
 
 
+def at_once(patches: Sequence[Patch], memory: int | None = None) -> int:
+    """Return how many matrices are edited at the same time: one where memory does not hold more of the largest.
+
+    Args:
+        patches: What is overwritten.
+        memory: Bytes that this process may hold altogether; None for as many as there are.
+    """
+    largest = max((patch.piece.end - patch.piece.begin for patch in patches), default=0)
+    room = free_memory(torch.device("cpu"), memory)
+    found = max(1, min(WORKERS, int(room / (HELD * max(1, largest)))))
+    if found < WORKERS:
+        note("memory is short: matrices are edited one after the other")
+    return found
+
+
 def _write(
-    checkpoint: Checkpoint, folder: Path, copies: Sequence[str], patches: Sequence[Patch], cost: list[Cost]
+    checkpoint: Checkpoint,
+    folder: Path,
+    copies: Sequence[str],
+    patches: Sequence[Patch],
+    cost: list[Cost],
+    workers: int,
 ) -> Iterator[int]:
     """Copy every file, overwrite its patches, flush it; yield the number of bytes just copied.
 
@@ -265,7 +289,7 @@ def _write(
             os.fsync(writer.fileno())
         return found
 
-    with one_thread(), ThreadPoolExecutor(WORKERS) as editors, ThreadPoolExecutor(FILES) as pool:
+    with one_thread(), ThreadPoolExecutor(workers) as editors, ThreadPoolExecutor(FILES) as pool:
         for parent in {(folder / name).parent for name in copies}:
             parent.mkdir(parents=True, exist_ok=True)
         jobs = [pool.submit(write, name) for name in copies]

@@ -193,8 +193,8 @@ def bake_and_prove(
                 keep(source, folder, patches, export)
             passed.append(gate)
 
-        rounding = recipe.export.rounding
-        result = bake(source, edit, session.anatomy, output, session.model, rounding=rounding, check=check)
+        how: dict[str, Any] = {"rounding": recipe.export.rounding, "memory": machine.memory}
+        result = bake(source, edit, session.anatomy, output, session.model, **how, check=check)
     return replace(result, left_out={**result.left_out, **found.left_out}), passed[0]
 
 
