@@ -12,8 +12,10 @@ from perpend.errors import UsageError, nearest
 
 SCHEDULES = {"normal", "tent", "band", "constant", "list"}
 """Kinds of schedule, which pydantic names in the path of a key."""
-NUMBERS = {"int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number"}
-NUMBERS |= {"float_parsing": "a number", "float_type": "a number"}
+KINDS = dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number")
+KINDS |= dict.fromkeys(("float_parsing", "float_type"), "a number") | {"finite_number": "a finite number"}
+KINDS |= dict.fromkeys(("bool_parsing", "bool_type"), "true or false") | {"string_type": "text"}
+KINDS |= dict.fromkeys(("list_type", "tuple_type"), "a list")
 BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least")}
 BOUNDS |= {"less_than": ("lt", "less than"), "less_than_equal": ("le", "at most")}
 TABLES = {"model_type", "model_attributes_type", "dict_type"}
@@ -46,7 +48,13 @@ def explain(error: ValidationError, where: str, keys: Sequence[str], sections: S
         said = f"unknown value {short(given)}"
         hint = nearest(given, words) if isinstance(given, str) else ""
         return UsageError(f"{key}: {said}", where=where, valid=", ".join((*words, *others)), hint=hint)
+    if first["type"] in KINDS:
+        return UsageError(f"{key}: {short(given)} is not {KINDS[first['type']]}", where=where)
+    if first["type"] in BOUNDS:
+        return UsageError(f"{key}: {short(given)} is out of range", where=where, valid=_described(first))
     said = str(first["msg"]).removeprefix("Value error, ")
+    if said.startswith("must be "):
+        return UsageError(f"{key}: unknown value {short(given)}", where=where, valid=_described(first))
     said = said if len(said) <= 300 else f"{said[:300]}…"
     return UsageError(f"{key}: {said[0].lower()}{said[1:]}{_shown(given)}", where=where)
 
@@ -85,10 +93,10 @@ def _described(one: Mapping[str, Any]) -> str:
     """Return in words what a complaint asks for that is no matter of names."""
     if one["type"] in BOUNDS:
         name, words = BOUNDS[one["type"]]
-        return f"{words} {one['ctx'][name]}"
+        return f"{words} {one['ctx'][name]:g}"
     if one["type"] == "value_error":
         return str(one["msg"]).removeprefix("Value error, ").removeprefix("must be ")
-    return NUMBERS.get(one["type"], "")
+    return KINDS.get(one["type"], "")
 
 
 def _shown(given: object) -> str:

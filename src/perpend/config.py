@@ -255,9 +255,12 @@ SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def _size(value: object) -> object:
     """Read `3GB` or `500 MiB` as bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
-    if found is None or found[2].upper() not in SIZES:
+    if not isinstance(value, str):
         return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if found is None or found[2].upper() not in SIZES:
+        units = "KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        raise ValueError(f"must be a number of bytes, or a number with {units}, such as 3GB")
     return int(float(found[1]) * SIZES[found[2].upper()])
 
 

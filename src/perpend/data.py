@@ -187,7 +187,10 @@ def load_splits(section: PromptsSection) -> Splits:
 
 def _class_splits(kind: str, main: str, select: str | None, report: str | None) -> dict[SplitName, PromptSet]:
     own: dict[SplitName, str] = {s: r for s, r in (("select", select), ("report", report)) if r is not None}  # type: ignore[misc]
-    ref = DataRef.parse(main)
+    try:
+        ref = DataRef.parse(main)
+    except UsageError as error:
+        raise error.within(f"prompts.{kind}") from None
     rest = [s for s in SPLITS if s not in own]
     if ref.kind == "builtin" and ref.split is None:
         own = {s: str(replace(ref, split=s)) for s in rest} | own

@@ -40,6 +40,11 @@ class UsageError(PerpendError):
 
     exit_code = 2
 
+    def within(self, where: str) -> UsageError:
+        """Return the same error with the option or the key in front that it came by."""
+        what = f"{self.where}: {self.what}" if self.where else self.what
+        return UsageError(what, where=where, valid=self.valid, hint=self.hint)
+
 
 class RunFailed(PerpendError):
     """The request was fine and the work failed: numbers not finite, out of memory, a broken file met half-way."""

@@ -264,7 +264,8 @@ class DataRef:
         path = Path(name).expanduser()
         if name.lower().endswith(SUFFIXES):
             if not path.is_file():
-                raise UsageError("no such file", where=name)
+                beside = [p.name for p in path.parent.glob("*") if p.suffix.lower() in SUFFIXES]
+                raise UsageError("no such file", where=name, valid=_DATA_FORMS, hint=nearest(path.name, beside))
             return cls("file", name, **options)
         if name and path.exists():
             raise UsageError("not a prompt file", where=name, valid=", ".join(SUFFIXES))

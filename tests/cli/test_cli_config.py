@@ -135,11 +135,11 @@ def test_validate_names_file_key_and_nearest(cli, tmp_path):
         ("fit.position = 'x'", "fit.position: unknown value 'x'; valid: auto, a whole number"),
         (
             "edit.mlp = {kind = 'tent', peak_layer = 'x'}",
-            "edit.mlp.peak_layer: must be a finite number of layers or a share such as '53%' (got 'x')",
+            "edit.mlp.peak_layer: unknown value 'x'; valid: a finite number of layers or a share such as '53%'",
         ),
-        ("edit.mlp = {kind = 'list', values = [1, 'x']}", "edit.mlp.values.1: input should be a valid number"),
+        ("edit.mlp = {kind = 'list', values = [1, 'x']}", "edit.mlp.values.1: 'x' is not a number"),
         ("edit.mlp = 'tent'", "edit.mlp: keys are wanted (got 'tent'); valid: weight, values, peak_weight"),
-        ("fit.winsorize = 3", "fit.winsorize: input should be less than 1 (got 3)"),
+        ("fit.winsorize = 3", "fit.winsorize: 3 is out of range; valid: less than 1"),
     ],
 )
 def test_a_value_that_is_not_valid_is_named_with_the_nearest_that_is(text, said, tmp_path):

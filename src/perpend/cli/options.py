@@ -98,7 +98,7 @@ class Request:
         """
         path: Path | None = self._values["edit"]
         if path is not None and not path.exists():
-            raise UsageError("no such file", where=str(path), hint="perpend fit MODEL -o edit")
+            raise UsageError(f"{path}: no such file", where="--edit", hint="perpend fit MODEL -o edit")
         return path
 
     @property
@@ -123,8 +123,11 @@ class Request:
         recipe = recipe_of(self._given, model, file=file, needs_model=needs_model)
         if recipe.model.id:
             ModelRef.parse(recipe.model.id)
-        for data in (recipe.prompts.target, recipe.prompts.baseline) if "target" in self._values else ():
-            DataRef.parse(data)
+        for side in ("target", "baseline") if "target" in self._values else ():
+            try:
+                DataRef.parse(getattr(recipe.prompts, side))
+            except UsageError as error:
+                raise error.within(f"prompts.{side}") from None
         return recipe
 
     def machine(self) -> Machine:

@@ -273,8 +273,8 @@ def require_judge(name: str) -> None:
     try:
         ModelRef.parse(model)
     except UsageError as error:
-        said = f"{error.where}: {error.what}" if error.where else error.what
-        raise UsageError(said, where=OPTION, valid=JUDGES, hint=error.hint or nearest(name, (SMALL, MINOS))) from None
+        what = error.within(OPTION).what
+        raise UsageError(what, where=OPTION, valid=JUDGES, hint=error.hint or nearest(name, (SMALL, MINOS))) from None
 
 
 def load_classifier(name: str, machine: Machine | None = None) -> tuple[RefusalClassifier | LabelJudge | None, str]:

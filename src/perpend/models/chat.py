@@ -60,7 +60,7 @@ def read_template(path: Path | str) -> str:
     """
     from jinja2 import Environment, TemplateSyntaxError
 
-    where = str(path)
+    where = f"--chat-template {path}"
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # a tag that transformers adds to Jinja

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from perpend.errors import UsageError
+from perpend.errors import UsageError, nearest
+
+OPTION, DEVICES = "--device", "auto, cpu, cuda, cuda:N, mps"
 
 _ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60
@@ -29,10 +31,14 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:  # which lists all the devices that torch has ever had
+        near = nearest(name, ("auto", "cpu", "cuda", "mps"))
+        raise UsageError(f"unknown device '{name}'", where=OPTION, valid=DEVICES, hint=near) from None
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device '{name}' cannot be used: {reason}", valid="auto, cpu, cuda, cuda:N, mps") from None
+        raise UsageError(f"device '{name}' cannot be used: {reason}", where=OPTION, valid=DEVICES) from None
     return device
 
 

@@ -13,8 +13,10 @@ from perpend.config import Machine, Recipe, build, load
 from perpend.errors import UsageError, nearest
 from perpend.options.commands import OPTIONS, options_of
 from perpend.options.table import Option, StudyOptions
-from perpend.refs import ModelRef
+from perpend.refs import DataRef, ModelRef
 
+PROMPTS = ("prompts.target", "prompts.baseline")
+"""Keys of options that name prompts."""
 MODELS = "org/name, org/name@revision, a directory, a .gguf file"
 
 
@@ -162,7 +164,7 @@ def machine_of(given: Mapping[str, object], machine: Machine | None = None) -> M
     for name, option in OPTIONS.items():
         if option.machine and given.get(name) is not None:
             found[option.machine] = _value(option, given[name])
-            build(Machine, {option.machine: found[option.machine]}, option.names[0])
+            _build(Machine, {option.machine: found[option.machine]}, option, option.machine)
     if not found:
         return machine or Machine()
     return build(Machine, (machine.model_dump(exclude_unset=True) if machine else {}) | found, "machine")
@@ -214,15 +216,30 @@ def _check(option: Option, value: object) -> None:
     """Check the value of an option alone, so that the complaint names the option."""
     data: dict[str, Any] = {}
     _put(data, option.key, value)
+    valid = choices(option.key)
     try:
-        build(Recipe, data, option.names[0])
+        _build(Recipe, data, option, option.key)
+        if option.key in PROMPTS:
+            DataRef.parse(str(value))
     except UsageError as error:
-        valid = choices(option.key)
         if not valid:
-            raise UsageError(error.what.removeprefix(f"{option.key}: "), where=option.names[0]) from None
+            raise error if error.where == option.names[0] else error.within(option.names[0]) from None
         listed = ", ".join((*valid, option.also) if option.also else valid)
         hint = nearest(str(value), valid)
         raise UsageError(f"unknown value '{value}'", where=option.names[0], valid=listed, hint=hint) from None
+
+
+def _build(root: type[BaseModel], data: Mapping[str, Any], option: Option, key: str) -> None:
+    """Check the value of an option, and name the option alone where it is wrong.
+
+    Raises:
+        UsageError: a value that its key does not take.
+    """
+    try:
+        build(root, data, option.names[0])
+    except UsageError as error:
+        said = error.what.removeprefix(f"{key}: ")
+        raise UsageError(said, where=option.names[0], valid=error.valid, hint=error.hint) from None
 
 
 def path_of(value: str | Path | None) -> Path | None:

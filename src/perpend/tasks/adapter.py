@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from perpend import __version__
 from perpend.config import Machine, Recipe
+from perpend.errors import UsageError
 from perpend.export.adapter import AdapterResult, write_adapter
 from perpend.export.card import CARD, base_front_matter
 from perpend.options.asked import asked_of_source
@@ -79,6 +80,8 @@ def adapter(
     """
     started, output = time.monotonic(), Path(output)
     source, recipe, machine = asked_of_source(adapter, AdapterOptions, options, source, recipe, machine)
+    if rank < 1:
+        raise UsageError(f"a rank of {rank}", where="--rank", valid=f"1 or more, {RANK} by default")
     require_folder(output)
     require_free(output)
     require_no_partial(output)

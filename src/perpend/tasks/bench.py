@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
 from perpend.core.stats import Z95, mcnemar_exact, paired_bootstrap, paired_wilson
-from perpend.errors import MissingExtra, UsageError
+from perpend.errors import MissingExtra, UsageError, nearest
 from perpend.models.session import Session
 from perpend.options.asked import asked, listed, path_of
 from perpend.options.commands import BenchOptions
@@ -32,6 +32,8 @@ POWER = 0.8416212335729143
 """Quantile of the normal distribution for 80 % power."""
 LEAST_CHANGES = 6
 """One-sided changes below which an exact two-sided McNemar test never reaches 5 %."""
+SHOWN = 8
+"""Tasks of a folder that an error lists."""
 Values = dict[tuple[str, str], dict[str, float]]
 """Value of every question, by task and metric."""
 
@@ -178,12 +180,24 @@ def _manager(tasks: Sequence[str], include: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     if include is not None and not Path(include).is_dir():
-        raise UsageError("no such folder", where=str(include), valid="a folder with lm-eval task files (YAML)")
+        valid = "a folder with lm-eval task files (YAML)"
+        raise UsageError(f"{include}: no such folder", where="--include", valid=valid)
     found = TaskManager(include_path=str(include) if include is not None else None)
     missing = [task for task in tasks if not found.match_tasks([task])]
     if missing:
-        raise UsageError(f"no task '{missing[0]}'", where="--tasks", hint="--include FOLDER for tasks of your own")
+        own = _own(include) if include is not None else []
+        known = "what `lm-eval ls tasks` lists" + "".join(f", {name}" for name in own[:SHOWN])
+        hint = nearest(missing[0], own) or nearest(missing[0], found.all_tasks)
+        hint = hint or "--include FOLDER for tasks of your own"
+        raise UsageError(f"no task '{missing[0]}'", where="--tasks", valid=known, hint=hint)
     return found
+
+
+def _own(include: Path) -> list[str]:
+    """Return the tasks of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    return list(TaskManager(include_path=str(include), include_defaults=False).all_tasks)
 
 
 def _measured(session: Session, edit: Edit | None, manager: Any, settings: Mapping[str, Any], when: str) -> Values:
