@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -116,3 +117,24 @@ def test_batches_are_halved_down_to_a_row_and_then_it_is_said(session, monkeypat
     with pytest.raises(RunFailed, match="out of memory with the smallest batch"):
         own.one_by_one(edit, divergence, base=True)
     assert session.budget.rows == 1
+
+
+def test_what_did_not_fit_is_gone_before_memory_is_given_back(monkeypatch):
+    class Activations(list):
+        """Something that can be looked for."""
+
+    held, alive, tried = [], [], []
+    monkeypatch.setattr(sheets, "reclaim", lambda: alive.append(held[-1]() is not None))
+
+    def several(some):
+        activations = Activations(some)
+        held.append(weakref.ref(activations))
+        tried.append(len(some))
+        if len(some) > 1 or some == ["d"]:
+            raise torch.OutOfMemoryError("out of memory")
+        return [edit.upper() for edit in activations]
+
+    found = sheets.as_many_as_fit(list("abcde"), 4, several, lambda edit: f"{edit} alone")
+    assert found == ["A", "B", "C", "d alone", "E"]
+    assert tried == [4, 2, 1, 1, 1, 1, 1]
+    assert alive == [False] * 3

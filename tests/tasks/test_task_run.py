@@ -151,6 +151,14 @@ def test_the_saved_weights_are_the_edit(done, pico_dir):
         assert torch.equal(tensor, asked), name
 
 
+def test_the_memory_that_was_allowed_bounds_the_export(done, tmp_path, monkeypatch):
+    asked, at_once = [], shards.at_once
+    monkeypatch.setattr(shards, "at_once", lambda patches, memory: asked.append(memory) or at_once(patches, memory))
+    machine = MACHINE.model_copy(update={"memory": 10**12})
+    apply(str(done[0] / "out" / "recipe.toml"), output=tmp_path / "again", machine=machine)
+    assert asked == [10**12]
+
+
 def test_the_recipe_makes_the_same_files_again(done):
     folder = done[0]
     made = apply(str(folder / "out" / "recipe.toml"), output=folder / "again", machine=MACHINE)

@@ -29,15 +29,13 @@ from perpend.errors import PerpendError, RunFailed
 from perpend.fitting.behaviour import Behaviour
 from perpend.fitting.layers import RUIN, Probe
 from perpend.models.batching import out_of_memory
-from perpend.models.memory import reclaim
 from perpend.models.rows import Rows, per_row
 from perpend.models.session import Session
-from perpend.progress import note
 from perpend.searching.candidate import Candidate
 from perpend.searching.objectives import Question, divergence, likelihoods
 from perpend.searching.openings import Found, find
 from perpend.searching.racing import LOOK, NOT_FINITE, Race
-from perpend.searching.sheets import Sheet, find_room, together
+from perpend.searching.sheets import Sheet, as_many_as_fit, find_room, together
 from perpend.searching.study import ROUND, Outcome
 
 RESAMPLES = 2000
@@ -148,19 +146,16 @@ class Scorer:
         """Score edits, as many together as memory allows."""
         if self.room is None:
             return [self._alone(edit, rivals) for edit in edits]
-        done, rows = list[Outcome](), self.room.rows
-        while len(done) < len(edits):
-            some = edits[len(done) : len(done) + rows]
+
+        def several(some: Sequence[Edit]) -> list[Outcome]:
             try:
-                done += self._together(some, rivals)
+                return self._together(some, rivals)
             except Exception as error:
-                if out_of_memory(error) and len(some) > 1:
-                    rows = len(some) // 2
-                    note(f"out of memory with {len(some)} candidates: going on with {rows}")
-                    reclaim()
-                else:  # one of them, or the batch: each shows by itself
-                    done += [self._alone(edit, rivals) for edit in some]
-        return done
+                if out_of_memory(error):
+                    raise
+            return [self._alone(edit, rivals) for edit in some]  # one of them, or the batch: each shows by itself
+
+        return as_many_as_fit(edits, self.room.rows, several, lambda edit: self._alone(edit, rivals))
 
     def _together(self, edits: Sequence[Edit], rivals: Sequence[Outcome]) -> list[Outcome]:
         """Score edits in the rows of a batch; those that are dropped leave it."""

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from perpend.models.session import Batch, Session
 from perpend.models.tree import Said, plant
 from perpend.progress import note
 from perpend.searching.objectives import Tokens, likelihoods
+
+T = TypeVar("T")
 
 Reduce = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
 """From logits `[R, P, V]` of R edits, or `[R + 1, P, V]` with the untouched model last where it looks at that, and from
@@ -248,24 +251,42 @@ def read(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room | None,
     alone = room is None or not all(per_row(sheet.session.anatomy, edit) for edit in edits)
     if room is None or alone or not (sheet.trees or sheet.plant(room)):
         return torch.stack([sheet.one_by_one(edit, reduce, base) for edit in edits])
-    found, left, rows = list[Tensor](), list(edits), room.rows
-    while left:
-        some = left[:rows]
+    found = as_many_as_fit(
+        edits,
+        room.rows,
+        lambda some: list(_in_rows(sheet, some, reduce, room, base)),
+        lambda edit: sheet.one_by_one(edit, reduce, base),
+    )
+    return torch.stack(found)
+
+
+def as_many_as_fit(
+    edits: Sequence[Edit], rows: int, several: Callable[[Sequence[Edit]], Sequence[T]], alone: Callable[[Edit], T]
+) -> list[T]:
+    """Return something of every edit, in order: of as many together as memory holds.
+
+    Args:
+        edits: Any number.
+        rows: How many go together, until memory does not hold them: then half, and so on.
+        several: Of edits that go together.
+        alone: Of one with which `several` runs out of memory.
+    """
+    found = list[T]()
+    while len(found) < len(edits):
+        some = edits[len(found) : len(found) + rows]
         try:
-            found.append(_in_rows(sheet, some, reduce, room, base))
+            found += several(some)
+            continue
         except Exception as error:
             if not out_of_memory(error):
                 raise
-        else:
-            left = left[len(some) :]
-            continue
-        reclaim()
+        reclaim()  # not before: the error holds what was being computed
         if len(some) > 1:
             rows = len(some) // 2
             note(f"out of memory with {len(some)} edits: going on with {rows}")
         else:
-            found.append(sheet.one_by_one(left.pop(0), reduce, base)[None])
-    return torch.cat(found)
+            found.append(alone(some[0]))
+    return found
 
 
 def _in_rows(sheet: Sheet, edits: Sequence[Edit], reduce: Reduce, room: Room, base: bool) -> Tensor:
