@@ -6,9 +6,12 @@ import io
 import json
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from perpend.cli import views
+from perpend.cli.output import Output
 from perpend.config import load
 from perpend.judges import server
 from perpend.judges.dictionary import Dictionary
@@ -138,6 +141,34 @@ def test_a_model_that_does_not_refuse_is_one_line(cli, model):
     assert said.code == 1
     assert said.err.splitlines()[-1].startswith("perpend: ")
     assert "Traceback" not in said.err
+
+
+def test_commands_that_write_a_report_name_its_page_in_their_last_line(cli, model, tmp_path):
+    for words in (
+        ("fit", model, "-o", "edit", *BRIEF),
+        ("apply", model, "-e", "edit", "-o", "made", "--set", "export.gate_prompts=0"),
+        ("eval", model, "-o", "said", "--limit", "2", *REPLIES[:4]),
+        ("adapter", model, "-e", "edit", "-o", "peft"),
+    ):
+        said = cli(*words)
+        place = words[words.index("-o") + 1]
+        assert said.code == 0, said.err
+        assert said.out.splitlines()[-1] == f"report: {place}/report.html"
+        assert (tmp_path / place / "report.html").is_file()
+    assert "report:" not in cli("fit", model, "-o", "other", *BRIEF, "--dry-run").out
+    said = cli("eval", model, "-o", "again", "--limit", "2", *REPLIES[:4], "--json")
+    assert said.json["pages"] == ["again/report.json", "again/report.html"]
+    assert cli("eval", model, "--limit", "2", *REPLIES[:4], "--json").json.get("pages") is None
+
+
+def test_a_demo_names_the_page_of_its_run(tmp_path, capsys):
+    made = tmp_path / "demo" / "edited"
+    made.mkdir(parents=True)
+    for name in ("report.json", "report.html"):
+        (made / name).write_text("")
+    data = {"output": str(tmp_path / "demo"), "run": {"output": str(made)}, "seconds": 3.0}
+    Output().result(SimpleNamespace(to_json=lambda: dict(data)), views.written)
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {made}/report.html"
 
 
 def test_a_judge_that_cannot_be_reached_is_told_in_every_table_and_ends_with_0(cli, model, tmp_path, monkeypatch):

@@ -10,11 +10,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from perpend.cli import errors
 from perpend.cli.text import printable, printable_json
 from perpend.errors import PerpendError
+from perpend.export.beside import PAGE, REPORT
 from perpend.launched import first
 from perpend.tasks.output import to_text
 
@@ -63,7 +65,7 @@ class Output:
 
     def result(self, result: Result, render: Renderer) -> None:
         """Print what a command found, on stdout."""
-        data = result.to_json()
+        data = _with_pages(result.to_json())
         if self.style == "json":
             self._write(printable_json(to_text(data, indent=2)))
         elif self.style == "quiet":
@@ -145,6 +147,18 @@ class Output:
         with self._live.aside() if self._live else nullcontext():
             sys.stdout.write(text + end)
             sys.stdout.flush()
+
+
+def _with_pages(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with the report that lies in its folder as `pages`; results of single files list their own."""
+    if data.get("dry_run") or data.get("pages"):
+        return data
+    run = data.get("run")  # of a demo, whose report is that of its run
+    for made in (data, run if isinstance(run, dict) else {}):
+        pages = [Path(str(made["output"])) / name for name in (REPORT, PAGE)] if made.get("output") else []
+        if pages and all(page.is_file() for page in pages):
+            return data | {"pages": [str(page) for page in pages]}
+    return data
 
 
 def _console(*, stderr: bool) -> Console:

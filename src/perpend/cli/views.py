@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from perpend.cli import render
 from perpend.cli.render import Data
 from perpend.cli.text import printable
+from perpend.export.beside import PAGE, REPORT
 from perpend.units import seconds, size
 
 View = Iterator[RenderableType]
@@ -31,7 +33,7 @@ def validated(data: Data) -> View:
 
 
 def written(data: Data) -> View:
-    """Say where the result went and how long it took."""
+    """Say where the result went, how long it took, and which page shows it."""
     took = data.get("seconds")
     if isinstance(took, Mapping):
         took = sum(took.values())
@@ -39,7 +41,11 @@ def written(data: Data) -> View:
         verb = "would write" if data.get("dry_run") else "wrote"
         yield _path(f"{verb} {printable(str(data['output']))}{f' in {seconds(took)}' if took else ''}")
         for page in data.get("pages") or ():
-            yield _path(f"{verb} {printable(str(page))}", style="dim")
+            name = printable(str(page))
+            if Path(page).name == PAGE:
+                yield _path(f"report: {name}")
+            elif Path(page).name != REPORT:
+                yield _path(f"{verb} {name}", style="dim")
 
 
 def _path(line: str, style: str = "") -> Text:
