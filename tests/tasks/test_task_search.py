@@ -508,7 +508,7 @@ def test_a_refinement_that_loops_is_not_taken(done, pico_dir, tmp_path, monkeypa
         return found
 
     monkeypatch.setattr(finalists, "_refined", watched)
-    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, to_json=dict))
+    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, left_out=0, to_json=dict))
     order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
     with looping(looped):
@@ -558,7 +558,7 @@ def test_a_refined_direction_is_in_the_weights_and_its_recipe_makes_them_again(d
     refined, sites, said = finalists._refined, [], []
     monkeypatch.setattr(finalists, "note", said.append)
     monkeypatch.setattr(finalists, "_refined", lambda site, *more: (sites.append(site), refined(site, *more))[1])
-    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, to_json=dict))
+    monkeypatch.setattr(finalists, "compare", lambda *sides: SimpleNamespace(difference=0.5, left_out=0, to_json=dict))
     order = lambda rule, points, best: sorted(points, key=lambda p: "refined" not in p.name)  # noqa: E731
     monkeypatch.setattr(finalists, "_ordered", order)
     asked = recipe(done[0], refine=10, refine_direction=True, trials=6, max_broken=1.0, max_drift=0.4)
