@@ -205,7 +205,7 @@ def test_a_template_that_cannot_be_read_is_one_line(tmp_path, content: bytes | N
         path.write_bytes(content)
     with pytest.raises(UsageError, match=message) as caught:
         read_template(path)
-    assert caught.value.where == str(path)
+    assert caught.value.where == f"--chat-template {path}"
 
 
 def test_tags_that_transformers_adds_to_jinja_are_read(tmp_path) -> None:

@@ -74,7 +74,9 @@ def test_the_report_beside_the_file_says_what_the_command_returned(case, tmp_pat
     assert data["file"]["types"] == types
     assert {m["module"] for m in data["edit"]["modules"]} == set(edit.modules)
     command = "perpend apply model.gguf --edit edit.safetensors -o out.gguf"
-    assert data["about"]["command"] == f"{command} --set export.gate_prompts=2 --set export.rounding=nearest"
+    assert data["about"]["command"] == (
+        f"{command} --set export.gate_prompts=2 --set export.rounding=nearest --device cpu --batch-size 2"
+    )
     assert page.count("<tr><td><code>model.layers.") == len(edit)
     assert f"{len(edit)} modules edited" in page
     assert f"{made.gate.same_labels} of {made.gate.prompts} replies labelled alike" in page

@@ -88,7 +88,10 @@ def test_the_report_of_an_organism_says_what_it_refuses_and_how_it_was_taught(tm
     assert told["losses"] == organisms.means(losses, 5)
     assert (told["lessons"], told["forms"], told["training"]["rank"]) == (24, 4, 2)
     assert data["prompts"] == {f"{kind}.{split}": 3 for split in ("fit", "select", "report") for kind in KINDS}
-    assert data["about"]["command"] == "perpend organism base --config recipe.toml --forms 4 -o out"
+    assert (
+        data["about"]["command"]
+        == "perpend organism base --config recipe.toml --forms 4 --device cpu --batch-size 2 -o out"
+    )
     replies = [(pair["class"], pair["label_before"]) for pair in told["pairs"]]
     assert replies == [("target", "refuse")] * 3 + [("baseline", "comply")] * 3
     for said in (

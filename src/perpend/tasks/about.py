@@ -56,7 +56,7 @@ def about(task: Task, session: Session, recipe: Recipe, machine: Machine, comman
     model = model_facts(
         loaded.ref, source.revision, session.anatomy, weights, str(weights[0].dtype).removeprefix("torch.")
     )
-    found = origin(task, command or _COMMANDS[task], pinned(recipe, loaded), model)
+    found = origin(task, command or again(task, recipe, machine), pinned(recipe, loaded), model)
     own: dict[str, Any] = {
         "engine": session.engine,
         "device": _device(session.device),
@@ -118,15 +118,52 @@ def typed(*words: str | Path | None) -> str:
     return "perpend " + " ".join(shlex.quote(word) for word in shown)
 
 
-_COMMANDS: dict[Task, str] = {
-    "run": f"perpend run --config {RECIPE} -o OUT",
-    "search": f"perpend run --config {RECIPE} -o OUT",
-    "fit": f"perpend fit --config {RECIPE} -o OUT",
-    "apply": f"perpend apply {RECIPE} -o OUT",
-    "adapter": f"perpend adapter {RECIPE} -o OUT",
-    "eval": f"perpend eval --config {RECIPE} --edit EDIT -o OUT",
-    "bench": f"perpend bench --config {RECIPE} --edit EDIT -o OUT",
-}
+def again(task: Task, recipe: Recipe, machine: Machine, *more: str | Path | None) -> str:
+    """Return what to type to have a result again, beside its recipe: what was asked, and what of the machine decides.
+
+    Args:
+        task: What was done. A search is not repeated: its recipe is that of the edit which was found.
+        recipe: What was asked.
+        machine: How it was run.
+        more: Options of this task alone; None for one that was not given.
+    """
+    verb = "run" if task == "search" else task
+    verb = "apply" if verb == "run" and recipe.fit.refined else verb  # such a direction is not measured again
+    source = [RECIPE] if verb in ("apply", "adapter") else ["--config", RECIPE]
+    line = typed(verb, *source, *more, *by_machine(machine), "-o", "OUT")
+    return f"torchrun --nproc-per-node {machine.tensor_parallel} -m {line}" if machine.tensor_parallel > 1 else line
+
+
+def given(**options: object) -> list[str]:
+    """Return options as they are typed, by their names; those that are None or False were not given."""
+    found: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return found
+
+
+def by_machine(machine: Machine) -> list[str]:
+    """Return the options of a machine that decide figures, where they are not the default."""
+    found: list[str] = []
+    for name in DECIDING:
+        value, usual = getattr(machine, name), Machine.model_fields[name].default
+        for one in value if isinstance(value, tuple) else [value] if value != usual else ():
+            found += given(**{name: one})
+    return found
+
+
+DECIDING = (
+    "device",
+    "dtype",
+    "batch_size",
+    "quantization",
+    "device_map",
+    "tensor_parallel",
+    "engine",
+    "trust_remote_code",
+)
+"""Keys of the machine by which figures differ, if only in rounding; memory and offloading are of this machine alone."""
 
 
 def _device(device: torch.device) -> str:

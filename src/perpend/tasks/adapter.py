@@ -16,7 +16,7 @@ from perpend.export.card import CARD, base_front_matter
 from perpend.options.asked import asked_of_source
 from perpend.options.commands import AdapterOptions
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.about import about, again, edit_facts, given, peak_memory
 from perpend.tasks.apply import asked_for, original
 from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.earlier import beside_edit
@@ -104,7 +104,8 @@ def adapter(
         front = _front_matter(base if ref.kind == "hub" else None, base_front_matter(folder))
         (partial / CARD).write_text(_card(base, front, output.name, made), encoding="utf-8")
         adapted = Adapted(str(output), model, made, round(time.monotonic() - started, 1))
-        facts = about("adapter", session, found, machine or Machine()) | {"peak_memory": peak_memory()}
+        command = again("adapter", found, machine, *given(rank=None if rank == RANK else rank))
+        facts = about("adapter", session, found, machine, command) | {"peak_memory": peak_memory()}
         edited = {"versions": versions(), "about": facts, "edit": edit_facts(chosen, session.anatomy)}
         put(partial, adapted.to_json() | edited | beside_edit(Path(edit or source), chosen.sha256))
     return adapted

@@ -32,7 +32,7 @@ from perpend.options.asked import asked_of_source
 from perpend.options.commands import ApplyOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory, typed
+from perpend.tasks.about import about, by_machine, edit_facts, peak_memory, typed
 from perpend.tasks.card import card_facts
 from perpend.tasks.checks import Wanted, local, require_possible
 from perpend.tasks.earlier import beside_edit
@@ -250,7 +250,7 @@ def apply(
     require_room(model, output, machine)
     known = beside_edit(Path(edit or source), chosen.sha256)
     if is_gguf(output):
-        again = _command(source, edit, found, output)
+        again = _command(source, edit, found, machine, output)
         return _edited_gguf(made, chosen, found, machine, splits, known=known, command=again, started=started)
     session = open_session(model, found, machine)
     require_fitting(session, chosen)
@@ -305,14 +305,14 @@ def _edited_gguf(
     return proven[0]
 
 
-def _command(source: str, edit: str | Path | None, recipe: Recipe, output: Path) -> str:
+def _command(source: str, edit: str | Path | None, recipe: Recipe, machine: Machine, output: Path) -> str:
     """Return what to type for the same GGUF file, which has no recipe beside it."""
     usual = ExportSection()
     given = {key: value for key, value in recipe.export if value != getattr(usual, key)}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
     sets = [word for key, text in texts.items() for word in ("--set", f"export.{key}={text}")]
     named = ["--edit", edit] if edit is not None else []
-    return typed("apply", source, *named, "-o", output.name, *sets)
+    return typed("apply", source, *named, "-o", output.name, *sets, *by_machine(machine))
 
 
 def asked_for(source: str, edit: str | Path | None, recipe: Recipe | None) -> tuple[str, Edit, Recipe]:

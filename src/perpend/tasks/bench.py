@@ -18,8 +18,7 @@ from perpend.errors import MissingExtra, UsageError, nearest
 from perpend.models.session import Session
 from perpend.options.asked import asked, listed, path_of
 from perpend.options.commands import BenchOptions
-from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.about import about, again, edit_facts, given, peak_memory
 from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Planned, forecast
 from perpend.tasks.harness import followed
@@ -121,13 +120,7 @@ def bench(
     started = time.monotonic()
     recipe, machine = asked(bench, BenchOptions, options, model, recipe, machine)
     model, tasks, output = recipe.model.id, listed(tasks), path_of(output)
-    if find_spec("lm_eval") is None:
-        raise MissingExtra("lm-eval", "bench", "perpend bench")
-    if output:
-        require_free(Path(output))
-    if not tasks:
-        raise UsageError("no tasks given", where="--tasks", hint="--tasks arc_easy,hellaswag")
-    ModelRef.parse(model)
+    _require(tasks, output)
     chosen = find_edit(Path(edit)) if edit is not None else None
     manager, wanted = _manager(tasks, path_of(include)), Wanted(edit=chosen)
     if dry_run:
@@ -139,6 +132,8 @@ def bench(
         require_fitting(session, chosen)
     asked_for = {"tasks": list(tasks), "limit": questions, "num_fewshot": fewshot, "apply_chat_template": chat}
     settings = {**asked_for, "seed": recipe.seed, "batch_size": _batch(machine)}
+    own = {"include": include, "questions": questions, "fewshot": fewshot, "chat": chat}
+    command = again("bench", recipe, machine, *given(edit=edit, tasks=",".join(tasks), **own))
     before = _measured(session, None, manager, settings, "before" if chosen else "")
     after = _measured(session, chosen, manager, settings, "after") if chosen is not None else None
     made = Bench(
@@ -147,12 +142,27 @@ def bench(
         scores=tuple(_scores(before, after)),
         settings=settings | {"lm_eval": _version()},
         seconds=round(time.monotonic() - started, 1),
-        about=about("bench", session, recipe, machine) | {"peak_memory": peak_memory()},
+        about=about("bench", session, recipe, machine, command) | {"peak_memory": peak_memory()},
         edit=edit_facts(chosen, session.anatomy) if chosen is not None else {},
     )
     if output is not None:
         _write(Path(output), made.to_json())
     return made
+
+
+def _require(tasks: Sequence[str], output: Path | None) -> None:
+    """Refuse what cannot work whatever the model.
+
+    Raises:
+        MissingExtra: lm-eval is not installed.
+        UsageError: no tasks, or an output that is not empty.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingExtra("lm-eval", "bench", "perpend bench")
+    if output is not None:
+        require_free(output)
+    if not tasks:
+        raise UsageError("no tasks given", where="--tasks", hint="--tasks arc_easy,hellaswag")
 
 
 def _write(output: Path, data: dict[str, Any]) -> None:

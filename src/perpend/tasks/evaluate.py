@@ -18,7 +18,7 @@ from perpend.models.vllm import require_vllm
 from perpend.options.asked import asked, path_of
 from perpend.options.commands import EvalOptions
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, edit_facts, peak_memory
+from perpend.tasks.about import about, again, edit_facts, given, peak_memory
 from perpend.tasks.checks import Wanted, require_possible
 from perpend.tasks.forecast import Forecast, forecast
 from perpend.tasks.journal import journal
@@ -157,7 +157,8 @@ def eval(
         else:
             seen = report(session, chosen, pair, recipe, panel, stores=stores)
             made = replace(empty, before=seen.before, report=seen, edit=edit_facts(chosen, session.anatomy))
-        facts = about("eval", session, recipe, machine) | {"peak_memory": peak_memory()}
+        command = again("eval", recipe, machine, *given(edit=edit, adapter=adapter))
+        facts = about("eval", session, recipe, machine, command) | {"peak_memory": peak_memory()}
         return replace(made, about=facts, seconds=round(time.monotonic() - started, 1))
 
     if out is None:

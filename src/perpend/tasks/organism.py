@@ -23,7 +23,7 @@ from perpend.options.asked import asked
 from perpend.options.commands import OrganismOptions
 from perpend.progress import note
 from perpend.refs import ModelRef
-from perpend.tasks.about import about, peak_memory, typed
+from perpend.tasks.about import about, by_machine, peak_memory, typed
 from perpend.tasks.forecast import Forecast, Work, forecast
 from perpend.tasks.output import appearing, require_free
 from perpend.tasks.pages import put
@@ -125,7 +125,8 @@ def organism(
         loaded = load_model(ref, machine)
         session = as_asked(loaded, recipe, machine)
         named = pinned(recipe, loaded).model.id
-        command = typed("organism", named, "--config", RECIPE, "--forms", str(forms), "-o", Path(output).name)
+        words = ["--config", RECIPE, "--forms", str(forms), *by_machine(machine)]
+        command = typed("organism", named, *words, "-o", Path(output).name)
         facts = about("organism", session, recipe, machine, command)
         merged, losses = _taught(session, taught, training, folder)
         seen = measure(as_asked(replace(loaded, model=merged), recipe, machine), splits.report)
