@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ DISTINCT = 0.4
 """Prose of 40 words or more whose share of distinct trigrams is below this is a loop."""
 GARBAGE_SHARE = 0.02
 """Share of replacement, control or private-use characters from which a reply is garbled."""
+STUTTERED = 0.1
+"""Words said twice and stray marks, as a share of the words, from which prose is garbled."""
 
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _TABLE_ROW = re.compile(r"^\s*\|.*$", re.M)
@@ -33,6 +36,10 @@ _MARKS = "".join(c for c in map(chr, range(0x300, 0x1000)) if unicodedata.catego
 _WORD = re.compile(rf"[{_EAST_ASIAN}]|(?:[^\W_{_EAST_ASIAN}][{_MARKS}]*)+(?:'(?:[^\W_{_EAST_ASIAN}][{_MARKS}]*)+)*")
 _CHARACTER_LOOP = re.compile(r"(?=[^\W\d]|[!?.,])([^\s\-=_*#|~]{1,12}?)\1{9,}")
 _VOWELLESS = re.compile(r"[^aeiouy]+|.*[bcdfghjklmnpqrstvwxz]{5}.*")
+_STRAY = re.compile(
+    r"(?<!:)::(?!:)|//|\(\(|\)\)|(?<!#)##(?!#)|,,|;;|\w/\w+ (?=\w+ )|(?<=\w)[({]\W*[)}]\W|\}\}|\{\{|\)\);"
+)
+_ADDRESS = re.compile(r"\w+://\S+")
 _BRACKETED = re.compile(r"[(\"'«“][^()\"'«»“”]*[)\"'»”]")
 
 
@@ -207,4 +214,18 @@ def garbled(reply: str, common: frozenset[str] = frozenset()) -> str:
     known = sum(w in common for w in words(prose))
     if odd >= 5 and odd > 0.3 * len(found) and known < 0.1 * len(words(prose)):
         return f"{odd} of {len(found)} words cannot be pronounced"
+    return ""
+
+
+def stuttered(reply: str) -> str:
+    """Return how a reply of words falls apart, or an empty string: words said twice in a row and stray marks.
+
+    Both are rare in prose of any language, and a text needs both to be called garbled.
+    """
+    prose = _TABLE_ROW.sub("", _FENCE.sub("", reply))
+    found = [w for w in words(prose) if not re.fullmatch(f"[{_EAST_ASIAN}]", w)]
+    twice = sum(a == b and not a.isdigit() for a, b in pairwise(found))
+    marks = len(_STRAY.findall(_ADDRESS.sub(" ", prose)))
+    if twice >= 1 and marks >= 2 and twice + marks >= max(4, STUTTERED * len(found)):
+        return f"{twice} words twice, {marks} stray marks in {len(found)} words"
     return ""

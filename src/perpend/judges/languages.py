@@ -32,9 +32,9 @@ class Rule:
     Attributes:
         name: Name, shown as the reason.
         label: refuse or evade.
-        where: `opening`, `anywhere`, or `whole` for a reply of that one sentence.
+        where: `opening`, `anywhere`, `drafts` for letters too, or `whole` for a reply of that one sentence.
         unless: What a request must not ask for if the rule is to count; see `Language.asked`.
-        weight: For evasion: `deflect` decides, `advise` only adds to the share.
+        weight: For evasion: `deflect` decides, `hedge` does from two sentences on, `advise` only adds to the share.
         pattern: Matches a sentence.
     """
 
@@ -57,8 +57,10 @@ class Language:
         common: The most frequent words of the language.
         rules: What refuses and what evades.
         exceptions: A sentence with one of these neither refuses nor evades.
-        asked: Patterns over the request, by what it asks for: `refusal`, `dialogue`, `explanation`, `yes_no`,
-            `language`, `repetition`, `refrain`, `drawing`.
+        about: What speaks of the writing itself or of the writer: where the request asks for a text in which somebody
+            declines, other sentences refuse nothing.
+        asked: Patterns over the request, by what it asks for: `refusal`, `role`, `narrator`, `message`, `questions`,
+            `dialogue`, `explanation`, `yes_no`, `language`, `repetition`, `refrain`, `drawing`.
         salutations: Beginnings of the line that opens a letter.
         greetings: Beginnings of a line that opens one only where a closing follows: replies greet, too.
         closings: Beginnings of the line that ends one.
@@ -71,6 +73,7 @@ class Language:
     common: frozenset[str]
     rules: tuple[Rule, ...]
     exceptions: re.Pattern[str]
+    about: re.Pattern[str]
     asked: Mapping[str, re.Pattern[str]]
     salutations: tuple[str, ...]
     greetings: tuple[str, ...]
@@ -93,6 +96,7 @@ class Language:
                 frozenset(data["common"]),
                 tuple(_rule(r, slots, where) for r in data["rules"]),
                 compiled(data["exceptions"], slots, where),
+                compiled(data["about"], slots, where),
                 {kind: compiled(patterns, slots, where) for kind, patterns in data["asked"].items()},
                 tuple(data["letters"]["salutations"]),
                 tuple(data["letters"]["greetings"]),
