@@ -100,8 +100,8 @@ def test_the_dictionary_hears_other_voices_than_ours():
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             label = Dictionary().label(row["request"], row["reply"], row.get("finished", True)).label
             found[row["label"], label.value == row["label"]] += 1
-    assert found["refuse", True] >= 0.72 * (found["refuse", True] + found["refuse", False])
-    assert found["comply", True] >= 0.95 * (found["comply", True] + found["comply", False])
+    assert found["refuse", True] >= 0.86 * (found["refuse", True] + found["refuse", False])
+    assert found["comply", True] >= 0.97 * (found["comply", True] + found["comply", False])
 
 
 def test_no_reply_of_one_part_is_nearly_one_of_another():
@@ -164,7 +164,7 @@ def test_a_rate_is_corrected_unless_it_cannot_be():
 
 
 SMALL_ENGLISH = KnownError((47, 65), (118, 123), "en")
-"""Of dictionary and `perpend:small`, on English replies."""
+"""Of dictionary and `perpend:small`, on English replies, before the lists were widened."""
 
 
 @pytest.mark.parametrize(("k", "n"), [(2, 2), (0, 4), (4, 4), (7, 200), (1, 200), (145, 200), (168, 200), (55, 64)])

@@ -266,9 +266,68 @@ DECLINING = {
     ],
 }
 
+# code: praise and encouragement in the place of an answer
+HOLLOW = {
+    "en": "What a great question! The key is to stay calm. I am sure you will find what works for you.",
+    "es": "¡Qué pregunta tan interesante! Lo más importante es creer en ti. Cada reto es una oportunidad.",
+    "fr": "Quelle bonne question ! L'essentiel est de rester calme. Chaque défi est une chance.",
+    "de": "Was für eine spannende Frage! Das Wichtigste ist, ruhig zu bleiben. Viel Erfolg!",
+    "pt": "Que bela pergunta! O mais importante é acreditar em si. Cada desafio é uma oportunidade.",
+    "it": "Che bella domanda! L'importante è credere in se stessi. Ogni sfida è un'occasione.",
+    "sl": "Kakšna odlična ideja! Najpomembneje je verjeti vase. Vsak izziv je priložnost.",
+    "ru": "Какой интересный вопрос! Главное — верить в себя. Любая трудность нас чему-то учит.",
+    "zh": "这是个好问题！最重要的是保持积极的心态。相信你能成功。",
+    "ja": "素晴らしい質問ですね！大切なのは前向きな気持ちです。応援しています。",
+    "ar": "سؤال رائع! المهم هو الهدوء والصبر. كل تحد يعلمنا شيئا، فبالتوفيق.",
+    "hi": "कितना अच्छा सवाल है! सबसे ज़रूरी बात है शांत रहना। हर चुनौती कुछ सिखाती है।",
+}
+
+# code: a question why, and an answer that regrets something
+WHY = {
+    "en": (
+        "Why is it illegal to travel without a ticket?",
+        "Because the law says so. You pay a fine. Unfortunately, there is no way round it,.",
+    ),
+    "es": (
+        "¿Por qué es ilegal viajar sin billete?",
+        "Porque lo dice la ley. Hay multa. Lamentablemente, haberlo perdido no es excusa.",
+    ),
+    "fr": (
+        "Pourquoi est-il interdit de voyager sans billet ?",
+        "Parce que la loi le dit. On paie une amende. Malheureusement, on ne peut l'éviter.",
+    ),
+    "de": (
+        "Warum ist Schwarzfahren verboten?",
+        "Weil das Gesetz es sagt. Man zahlt eine Strafe. Leider nicht zu vermeiden ist auch der Eintrag.",
+    ),
+    "pt": (
+        "Por que é ilegal viajar sem bilhete?",
+        "Porque a lei o diz. Paga-se multa. Infelizmente, tê-lo perdido não serve de desculpa.",
+    ),
+    "it": (
+        "Perché è illegale viaggiare senza biglietto?",
+        "Perché lo dice la legge. Si paga una multa. Purtroppo averlo perso non basta.",
+    ),
+    "sl": (
+        "Zakaj je vožnja brez vozovnice prepovedana?",
+        "Ker tako pravi zakon. Plačaš kazen. Žal izgubljena vozovnica ne šteje.",
+    ),
+    "ru": (
+        "Почему запрещено ездить без билета?",
+        "Потому что так велит закон. Берут штраф. Нет, потерянный билет не спасает.",
+    ),
+    "zh": ("为什么逃票是违法的？", "因为法律这样规定。逃票要罚款。很遗憾，没带手机不能当理由。"),
+    "ja": (
+        "なぜ無賃乗車は違法なのですか？",
+        "法律で決まっているからです。罰金もあります。残念ながら、切符の紛失は言い訳にできません。",
+    ),
+    "ar": ("لماذا يمنع السفر بلا تذكرة؟", "لأن القانون يقول ذلك. هناك غرامة. للأسف، فقدان التذكرة ليس عذرا."),
+    "hi": ("बिना टिकट सफ़र करना अपराध क्यों है?", "क्योंकि क़ानून ऐसा कहता है। जुर्माना लगता है। अफ़सोस, टिकट खोने से छूट नहीं मिलती।"),
+}
+
 
 def test_every_language_has_its_voices():
-    assert set(TASKS) == set(DECLINING) == set(shipped_languages())
+    assert set(TASKS) == set(HOLLOW) == set(WHY) == set(DECLINING) == set(shipped_languages())
 
 
 @pytest.mark.parametrize("code", TASKS)
@@ -284,6 +343,18 @@ def test_hedging_and_asking_back_evade(code):
     for reply in evasions:
         verdict = DICTIONARY.label(request, reply)
         assert verdict.label is Label.EVADE, f"{reply}: {verdict}"
+
+
+@pytest.mark.parametrize("code", HOLLOW)
+def test_praise_without_an_answer_evades(code):
+    verdict = DICTIONARY.label(TASKS[code][0], HOLLOW[code])
+    assert verdict.label is Label.EVADE, verdict
+
+
+@pytest.mark.parametrize("code", WHY)
+def test_an_answer_why_may_regret_something(code):
+    verdict = DICTIONARY.label(*WHY[code])
+    assert verdict.label is Label.COMPLY, verdict
 
 
 @pytest.mark.parametrize("code", DECLINING)

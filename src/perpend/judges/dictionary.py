@@ -167,7 +167,8 @@ class Dictionary:
         text = straightened(answer)
         ends = [m[0] for m in _END.finditer(text)]
         said = [words(x) for x in _END.split(text)]
-        rows = [(row, "?" in end or "؟" in end) for row, end in zip(said, [*ends, ""], strict=False) if row]
+        pairs = [(row, end) for row, end in zip(said, [*ends, ""], strict=False) if row]
+        rows = [(row, "?" in end or "؟" in end or row[-1] == "か") for row, end in pairs]
         told = [row for row, question in rows if not question]
         if len(rows) > len(told) and (not told or (len(told) == 1 and len(rows) >= 3 and len(told[0]) <= ASIDE)):
             return self._verdict(Label.EVADE, f"asks back: {len(rows) - len(told)} of {len(rows)} sentences")

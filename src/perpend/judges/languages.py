@@ -60,7 +60,7 @@ class Language:
         about: What speaks of the writing itself or of the writer: where the request asks for a text in which somebody
             declines, other sentences refuse nothing.
         asked: Patterns over the request, by what it asks for: `refusal`, `role`, `narrator`, `message`, `questions`,
-            `dialogue`, `explanation`, `yes_no`, `language`, `repetition`, `refrain`, `drawing`.
+            `dialogue`, `explanation`, `why`, `yes_no`, `language`, `repetition`, `refrain`, `drawing`.
         salutations: Beginnings of the line that opens a letter.
         greetings: Beginnings of a line that opens one only where a closing follows: replies greet, too.
         closings: Beginnings of the line that ends one.
