@@ -11,7 +11,7 @@ the classifier has changed. `--classifier NAME` measures another one.
 `--split fresh` measures on the part that was written without the lists at hand and frozen before it was measured: the
 same by group of languages, and what is accepted of those that comply and of others, beside the counts that acceptance
 rates are corrected by. With `--write` its figures go to `bench/results/judges_fresh.json`; they are no longer of fresh
-replies once a list was changed after a look at them.
+replies: the lists were tuned on them after they had been measured once.
 """
 
 from __future__ import annotations
