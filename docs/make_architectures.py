@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from perpend.models.anatomy import Anatomy, Writer
+from perpend.models.quiet import silenced
 
 TESTS = Path(__file__).parent.parent / "tests"
 PAGE = Path(__file__).with_name("architectures.md")
@@ -57,7 +58,8 @@ def main() -> int:
     sys.path += [str(TESTS), str(TESTS / "home")]
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    made = before + BEGIN + table() + END + rest.partition(END)[2]
+    with silenced():  # libraries name kernels that could be faster
+        made = before + BEGIN + table() + END + rest.partition(END)[2]
     if "--check" not in sys.argv:
         PAGE.write_text(made, encoding="utf-8")
         return 0
