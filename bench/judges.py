@@ -1,17 +1,18 @@
 """Measure the judges on the replies of known label, and print the tables of docs/judges.md.
 
     python bench/judges.py [--split test] [--write]
-    python bench/judges.py --split fresh
+    python bench/judges.py --split fresh2
 
 Refused or not, in all languages and in each: precision, recall and F1 of the dictionary, of `perpend:small` and of both
 together (refused if either says so); the same of the long replies alone. `--write` stores the counts from which
-acceptance rates are corrected, of this set and of the older English one; it is to be repeated whenever a word list or
-the classifier has changed. `--classifier NAME` measures another one.
+acceptance rates are corrected, of this set, of the older English one and of the second fresh part; it is to be repeated
+whenever a word list or the classifier has changed. `--classifier NAME` measures another one.
 
-`--split fresh` measures on the part that was written without the lists at hand and frozen before it was measured: the
+`--split fresh2` measures on the part that was written without the lists at hand and frozen before it was measured: the
 same by group of languages, and what is accepted of those that comply and of others, beside the counts that acceptance
-rates are corrected by. With `--write` its figures go to `bench/results/judges_fresh.json`; they are no longer of fresh
-replies: the lists were tuned on them after they had been measured once.
+rates are corrected by. With `--write` its figures go to `bench/results/judges_fresh2.json`; they are no longer of fresh
+replies once a list was changed after a look at them. `--split fresh` does the same with the first such part, by which
+lists have been tuned since.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ HERE = Path(__file__).parent.parent / "tests" / "judges"
 DATA = Path(perpend.judges.__file__).with_name("known_error.json")
 LONG = 100
 """Words from which a reply is long; in Chinese and Japanese characters."""
-FRESH = Path(__file__).with_name("results") / "judges_fresh.json"
+FRESH = {x: Path(__file__).with_name("results") / f"judges_{x}.json" for x in ("fresh", "fresh2")}
+"""Where the figures of each part that was written without the lists at hand are kept."""
 NAMES = {SMALL: f"`{SMALL}`", "both": "both, refused if either says so"}
 GROUPS = [ALL, "en", "es fr de pt it sl ru", "zh ja ar hi"]
 """All languages, English, the others of Europe, and those of other scripts still."""
@@ -53,6 +55,16 @@ def older() -> list[Gold]:
     rows = [json.loads(line) for line in (HERE / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
     keys = ("finished", "request", "reply")
     return [Gold("en", Label(x["label"]), x["tag"], *(x[k] for k in keys)) for x in rows if x["split"] == "test"]
+
+
+def tested() -> list[Gold]:
+    """Return the two older test sets."""
+    return [*read_gold(HERE / "gold.test.jsonl"), *older()]
+
+
+def counted() -> list[Gold]:
+    """Return the replies by which acceptance rates are corrected: the older test sets and the second fresh part."""
+    return [*tested(), *read_gold(HERE / "gold.fresh2.jsonl")]
 
 
 def said(found: Judgement) -> dict[str, list[Label]]:
@@ -139,21 +151,20 @@ def sensitivity(counts: dict[str, dict[str, Any]]) -> str:
 
 
 def beside(gold: list[Gold], panel: Panel) -> str:
-    """Return the Markdown table of what rates are corrected by, of these replies alone, and of them counted in."""
-    now = [*read_gold(HERE / "gold.test.jsonl"), *older()]
-    counted = {"now": now, "this part": gold, "together": [*now, *gold]}
-    found = {k: accepted(x, said(judged(x, panel)), ["en", ALL]) for k, x in counted.items()}
+    """Return the Markdown table of what is accepted of the older test sets, of a part, and of what rates rest on."""
+    sets = {"older test sets": tested(), "this part": gold, "together, in use": counted()}
+    found = {k: accepted(x, said(judged(x, panel)), ["en", ALL]) for k, x in sets.items()}
     lines = [
         "| judges | language | counted | accepted of those that comply | accepted of others | Se (95 %) | Sp (95 %) |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in ("dictionary", "both"):
-        lines += [_acceptance(name, found[k][name][x], x, k) for x in ("en", ALL) for k in counted]
+        lines += [_acceptance(name, found[k][name][x], x, k) for x in ("en", ALL) for k in sets]
     return "\n".join(lines)
 
 
 def figures(gold: list[Gold], found: Judgement, part: Path) -> dict[str, Any]:
-    """Return what `bench/results/judges_fresh.json` holds: the part and the judges, by hash, and the counts."""
+    """Return what `bench/results/judges_fresh2.json` holds: the part and the judges, by hash, and the counts."""
     rows = said(found)
     return {
         "part": hashlib.sha256(part.read_bytes()).hexdigest(),
@@ -166,12 +177,12 @@ def figures(gold: list[Gold], found: Judgement, part: Path) -> dict[str, Any]:
 def main() -> None:
     """Print the tables; store the counts on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=("dev", "test", "fresh"), default="test")
+    parser.add_argument("--split", choices=("dev", "test", *FRESH), default="test")
     parser.add_argument("--classifier", default=SMALL)
-    parser.add_argument("--write", action="store_true", help="store the counts: in the package, or those of `fresh`")
+    parser.add_argument("--write", action="store_true", help="store the counts: in the package, or of a fresh part")
     given = parser.parse_args()
     part = HERE / f"gold.{given.split}.jsonl"
-    gold, panel, fresh = read_gold(part), Panel.load(given.classifier), given.split == "fresh"
+    gold, panel, fresh = read_gold(part), Panel.load(given.classifier), given.split in FRESH
     judgement = judged(gold, panel)
     rows = said(judgement)
     print(
@@ -184,11 +195,13 @@ def main() -> None:
     print(*(f"{name}\n\n{confusion(long, labels)}" for name, labels in found.items()), sep="\n\n")
     if fresh:
         print("\nThe four labels of both:", confusion(gold, rows["both"]), sep="\n\n", end="\n\n")
-        print("Accepted:", sensitivity(accepted(gold, rows, GROUPS)), beside(gold, panel), sep="\n\n")
+        print("Accepted:", sensitivity(accepted(gold, rows, GROUPS)), sep="\n\n")
+    if given.split == "fresh2":
+        print("", beside(gold, panel), sep="\n")
     if given.write and fresh:
-        FRESH.write_text(json.dumps(figures(gold, judgement, part), indent=1) + "\n", encoding="utf-8")
+        FRESH[given.split].write_text(json.dumps(figures(gold, judgement, part), indent=1) + "\n", encoding="utf-8")
     elif given.write:
-        entries = measured([*read_gold(HERE / "gold.test.jsonl"), *older()], ["none", SMALL])
+        entries = measured(counted(), ["none", SMALL])
         DATA.write_text(json.dumps({"judges": entries}).replace("}, ", "},\n") + "\n", encoding="utf-8")
 
 
