@@ -134,21 +134,13 @@ def test_the_shipped_error_is_what_is_measured(name):
     assert known_error(found.judges, ["fr"]) == known, "too few French replies for an error of their own"
 
 
-def test_the_figures_of_the_fresh_part_are_those_of_the_shipped_judges(program):
-    """Where lists or classifier changed since, the part may be fresh no more: say so in the docs, and write another."""
-    gold, panel = read_gold(FRESH), Panel.load(SMALL)
-    found = program.judged(gold, panel)
-    figures = program.figures(gold, found, FRESH)
+def test_the_kept_figures_of_the_first_fresh_part_are_those_of_the_shipped_judges(program):
+    """The lists were tuned on it since, so the page has none of these, but what was measured before."""
+    gold = read_gold(FRESH)
+    figures = program.figures(gold, program.judged(gold, Panel.load(SMALL)), FRESH)
     assert figures == json.loads(program.FRESH["fresh"].read_text(encoding="utf-8"))
     assert figures["part"] == FROZEN[FRESH]
-    rows = program.said(found)
-    assert [len(program.within(gold, rows["both"], x)[0]) for x in program.GROUPS] == [174, 64, 70, 40]
-    told = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
-    assert program.table(gold, rows, program.GROUPS) in told
-    assert program.confusion(gold, rows["dictionary"]) in told
-    assert program.confusion(gold, rows["both"]) in told
-    assert program.sensitivity(figures["accepted"]) in told
-    assert program.beside(gold, panel) in told
+    assert len(gold) == 174
 
 
 def test_the_figures_of_the_second_fresh_part_are_those_of_the_shipped_judges(program):
