@@ -275,7 +275,8 @@ def test_the_corrected_rate_is_shown_of_both_sides_or_the_reason_of_each():
         for cell in (f"{found['share']:.1%}", f"{100 * low:.1f}", "–", f"{high:.1%}")
     ]
     (told,) = (str(line) for line in render.judges(few, many) if "corrected" in str(line))
-    assert told.index("] before, ") < told.index("] after (they accept 61 of 65 replies that comply")
+    right, complying = many["corrected"]["accepted_of_complying"]
+    assert told.index("] before, ") < told.index(f"] after (they accept {right} of {complying} replies that comply")
     none = side(0, 200)
     lines = [str(line) for line in render.judges(none, many) if "corrected" in str(line)]
     assert lines[0].startswith("before: not corrected: 0 of 200 accepted is fewer than")

@@ -143,7 +143,8 @@ def test_page_and_card_say_what_the_error_of_the_judges_makes_of_the_rate(made):
     (told,) = corrections(*sides)
     for when, side in zip(("before", "after"), sides, strict=True):
         assert side["language"] == "en"
-        assert "61 of 65 replies that comply" in side["correction"]
+        right, complying = side["corrected"]["accepted_of_complying"]
+        assert f"{right} of {complying} replies that comply" in side["correction"]
         low, high = side["corrected"]["interval"]
         assert f"{side['corrected']['share']:.1%} [{low:.1%}, {high:.1%}] {when}" in told
     assert str(escape(f"{told[0].upper()}{told[1:]}.")) in (made / "report.html").read_text()
