@@ -188,8 +188,6 @@ def test_a_judge_that_cannot_be_reached_is_told_in_every_table_and_ends_with_0(c
     assert said.out.count("difference: no prompt was judged both times") == 2
     flat = " ".join(said.out.split())
     assert "0 of 6 (0.0%, 95 % interval 0.0% to 39.0%) accepted, 6 not judged counted as not accepted" in flat
-        said.out.split()
-    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "of 0 → 0 judged replies to 6 held-out target prompts accepted" in " ".join(page.split())
     assert "0/0" not in page
