@@ -27,7 +27,7 @@ import pytest
 
 sys.path.extend(str(Path(__file__).parent.parent / name) for name in ("export", "tasks"))
 
-from task_cases import Labels
+from task_cases import Labels, colours
 
 import pico
 from perpend.cli.main import main
@@ -96,17 +96,6 @@ export.gate_prompts = 1
 SEARCH = """\
 fit.filter = false
 search = {trials = 4, generation = 2, batch = 2, prompts = 3, survivors = 2, finalists = 2, max_rank = 1, refine = 2}
-"""
-TASK = """\
-task: colours
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
 """
 
 
@@ -225,7 +214,7 @@ class Place:
         (folder / "stdin").write_text("What is bread?\n/save out.md\n")
         (folder / "search.toml").write_text(SEARCH)
         (folder / "tasks").mkdir()
-        (folder / "tasks" / "colours.yaml").write_text(TASK)
+        (folder / "tasks" / "colours.yaml").write_text(colours("rows.jsonl"))
         rows = [{"question": f"A fox {k}", "choices": ["bread", "salt"], "answer": k % 2} for k in range(3)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.make_inputs()

@@ -43,6 +43,22 @@ def a_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(data)
 
 
+def colours(rows: str | Path, *metrics: str) -> str:
+    """A task file of lm-eval, `colours`, over rows of `question`, `choices` and `answer`; `acc` without metrics."""
+    counted = ", ".join(f"{{metric: {name}}}" for name in metrics or ("acc",))
+    return f"""\
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{counted}]
+"""
+
+
 class Labels:
     """A dictionary that refuses prompts of harm and nothing else."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_cases import a_recipe
+from task_cases import a_recipe, colours
 
 import perpend
 from perpend.cli.main import main
@@ -20,17 +20,6 @@ from perpend.tasks.about import again
 Dirs = Callable[[str], Path]
 MACHINE = Machine(device="cpu", batch_size=2, dtype="bfloat16")
 BY_MACHINE = "--device cpu --dtype bfloat16 --batch-size 2"
-TASK = """\
-task: colours
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}]
-"""
 MOVING = {"made", "seconds", "peak_memory", "output", "about", "provenance", "recipe_hash", "recipe"}
 """What differs between two runs of one recipe: times, and what is called by another name."""
 
@@ -120,7 +109,7 @@ def test_a_benchmark(place: Path, monkeypatch: pytest.MonkeyPatch, edited: bool)
     rows = [{"question": f"A fox {k}", "choices": ["bread", "water", "salt"], "answer": k % 3} for k in range(12)]
     (place / "own").mkdir()
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "own" / "colours.yaml").write_text(TASK.format(path=place / "rows.jsonl"))
+    (place / "own" / "colours.yaml").write_text(colours(place / "rows.jsonl"))
     recipe, model = a_recipe(place), str(place / "llama")
     perpend.fit(model, output=place / "fit", recipe=recipe, machine=MACHINE)
     given: dict[str, Any] = {"tasks": "colours", "include": place / "own"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from task_cases import MACHINE, a_recipe
+from task_cases import MACHINE, a_recipe, colours
 
 from perpend.core.edits import Edit
 from perpend.errors import MissingExtra, UsageError
@@ -15,17 +15,6 @@ from perpend.tasks.bench import bench, paired, values
 from perpend.tasks.fit import fit
 from steps import Steps
 
-TASK = """\
-task: colours
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 WRITING = """\
 task: writing
 dataset_path: json
@@ -48,7 +37,7 @@ def tasks(tmp_path, monkeypatch):
     folder.mkdir()
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "colours.yaml").write_text(TASK.format(path=data))
+    (folder / "colours.yaml").write_text(colours(data, "acc", "acc_norm"))
     return folder
 
 

@@ -16,7 +16,7 @@ from perpend.cli import render, views
 from perpend.cli.options import MEASURE, Request, command
 from perpend.cli.text import printable
 from perpend.options.table import OUTPUT
-from perpend.report.changes import NO_NUMBERS, by_kind
+from perpend.report.changes import by_kind
 
 Checkpoint = "hub id (org/name or org/name@revision) or directory"
 Base = Annotated[str, typer.Argument(metavar="BASE", help=f"The model before: {Checkpoint}.", show_default=False)]
@@ -117,7 +117,7 @@ def _changes(changes: list[dict[str, Any]]) -> Table:
     for own in by_kind(changes):
         span = f"{own.ranks[0]}" if own.ranks[0] == own.ranks[1] else f"{own.ranks[0]} – {own.ranks[1]}"
         account = own.account or "none of the accounts"
-        share = "–" if own.account in NO_NUMBERS else f"{own.share:.1%}"
+        share = "–" if own.predicted is None else f"{own.predicted:.1%}"
         made.add_row(printable(own.kind), str(own.count), f"{own.moved:.2%}", span, share, account)
     return made
 

@@ -113,6 +113,18 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, float(2 * tail / 2**n))
 
 
+def paired_counts(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, int, int]:
+    """Return how many pairs only the second has, only the first has, both have, and neither has.
+
+    Args:
+        before: The first of every pair.
+        after: The second, in the same order.
+    """
+    pairs = list(zip(before, after, strict=True))
+    gained, lost, both, neither = (pairs.count(pair) for pair in ((0, 1), (1, 0), (1, 1), (0, 0)))
+    return gained, lost, both, neither
+
+
 def paired_wilson(gained: int, lost: int, both: int, neither: int, z: float = Z95) -> tuple[float, float, float]:
     """Return the difference of two paired rates, after minus before, and Newcombe's interval of it.
 

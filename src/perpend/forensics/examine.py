@@ -113,7 +113,7 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
     for pair in track(pairs.matched, "compare"):
         if pairs.equal(pair):
             equal += 1
-            kept += len(pair.before.shape) in (2, 3)
+            kept += pair.is_matrix
             continue
         read = pairs.read(pair)
         if read is None:
@@ -121,9 +121,9 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
             continue
         if _same(*read):
             cast += 1
-            kept += len(pair.before.shape) in (2, 3)
+            kept += pair.is_matrix
             continue
-        if read[0].ndim not in (2, 3):
+        if not pair.is_matrix:
             size = float(read[0].double().norm())
             vectors.append(Vector(pair.before.name, float((read[1].double() - read[0].double()).norm()) / (size or 1)))
             continue
@@ -134,7 +134,7 @@ def examine(before: Path, after: Path, third: Path | None = None) -> Examination
         found = shared(changes)
     n_layers = _layers(pairs)
     rest = Rest(
-        matrices=sum(len(pair.before.shape) in (2, 3) for pair in pairs.matched),
+        matrices=sum(pair.is_matrix for pair in pairs.matched),
         kept=kept,
         vectors=len(vectors),
         cast=cast,

@@ -55,6 +55,11 @@ class Pair:
         """Where it belongs, by its name in the base."""
         return Place.of(self.before.name)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix or a stack of them, rather than a vector."""
+        return len(self.before.shape) in (2, 3)
+
 
 class Pairs:
     """The tensors of two checkpoints, matched by name.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from perpend.config import Machine
-from perpend.core.stats import mcnemar_exact, paired_wilson
+from perpend.core.stats import mcnemar_exact, paired_counts, paired_wilson
 from perpend.data import Prompt
 from perpend.errors import PerpendError, UsageError
 from perpend.judges.classifier import MINOS, load_classifier
@@ -187,10 +187,8 @@ def compare(before: Judgement, after: Judgement, *, counted: Label = Label.COMPL
     known = [i for i in first if Label.UNKNOWN not in (first[i], second[i])]
     a = [first[i] is counted for i in known]
     b = [second[i] is counted for i in known]
-    gained = sum(y and not x for x, y in zip(a, b, strict=True))
-    lost = sum(x and not y for x, y in zip(a, b, strict=True))
-    both = sum(x and y for x, y in zip(a, b, strict=True))
-    difference, low, high = paired_wilson(gained, lost, both, len(known) - gained - lost - both)
+    gained, lost, *same = paired_counts(a, b)
+    difference, low, high = paired_wilson(gained, lost, *same)
     return Comparison(
         Rate(sum(a), len(a)),
         Rate(sum(b), len(b)),

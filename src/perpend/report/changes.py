@@ -33,6 +33,11 @@ class Kind:
     account: str
     share: float
 
+    @property
+    def predicted(self) -> float | None:
+        """The share; None for an account that a matrix passes or not, and that predicts no numbers of it."""
+        return None if self.account in NO_NUMBERS else self.share
+
 
 def by_kind(changes: Sequence[Mapping[str, Any]]) -> list[Kind]:
     """Return the changes of each kind of matrix together.

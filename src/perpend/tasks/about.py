@@ -57,12 +57,8 @@ def about(task: Task, session: Session, recipe: Recipe, machine: Machine, comman
         loaded.ref, source.revision, session.anatomy, weights, str(weights[0].dtype).removeprefix("torch.")
     )
     found = origin(task, command or again(task, recipe, machine), pinned(recipe, loaded), model)
-    own: dict[str, Any] = {
-        "engine": session.engine,
-        "device": _device(session.device),
-        "batch_size": machine.batch_size,
-    }
-    return found | {"recipe_hash": recipe.hash(), "machine": own | found["machine"] | {"device": own["device"]}}
+    own = {"engine": session.engine, "device": _device(session.device), "batch_size": machine.batch_size}
+    return found | {"recipe_hash": recipe.hash(), "machine": found["machine"] | own}
 
 
 def origin(

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from perpend.config import Machine, Recipe
 from perpend.core.edits import Edit
-from perpend.core.stats import Z95, mcnemar_exact, paired_bootstrap, paired_wilson
+from perpend.core.stats import Z95, mcnemar_exact, paired_bootstrap, paired_counts, paired_wilson
 from perpend.errors import MissingExtra, UsageError, nearest
 from perpend.models.session import Session
 from perpend.options.asked import asked, listed, path_of
@@ -280,8 +280,8 @@ def paired(task: str, metric: str, old: Sequence[float], new: Sequence[float]) -
     error = statistics.stdev(moved) / math.sqrt(n) if n > 1 else math.inf
     detectable, p, gained, lost = (Z95 + POWER) * error, None, None, None
     if {*old, *new} <= {0.0, 1.0}:
-        gained, lost, both = moved.count(1), moved.count(-1), sum(a * b == 1 for a, b in zip(old, new, strict=True))
-        difference, *bounds = paired_wilson(gained, lost, both, n - gained - lost - both)
+        gained, lost, *same = paired_counts([bool(x) for x in old], [bool(x) for x in new])
+        difference, *bounds = paired_wilson(gained, lost, *same)
         p, detectable = mcnemar_exact(gained, lost), max(detectable, LEAST_CHANGES / n)
     else:
         difference, *bounds = paired_bootstrap(old, new)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perpend.core.stats import paired_wilson
+from perpend.core.stats import paired_counts, paired_wilson
 from perpend.judges.judgement import CLAIM, Rate
 from perpend.judges.labels import Label
 from perpend.tasks.measure import Measured
@@ -91,22 +90,18 @@ def claim(before: Measured, after: Measured) -> Claim:
     )
     labels = [(label, second[key]) for key, label in first.items()]
     known = [pair for pair in labels if Label.UNKNOWN not in pair]
-    pairs = [(a is Label.BROKEN, b is Label.BROKEN) for a, b in known]
-    worst = [(a is Label.BROKEN, b in (Label.BROKEN, Label.UNKNOWN)) for a, b in labels]
-    old, new = (Rate(sum(x[k] for x in pairs), len(pairs)) for k in (0, 1))
+    old, new = ([pair[k] is Label.BROKEN for pair in known] for k in (0, 1))
+    first_of_all = [a is Label.BROKEN for a, _ in labels]
+    worst = paired_counts(first_of_all, [b in (Label.BROKEN, Label.UNKNOWN) for _, b in labels])
     judged = after.target.judged
     return Claim(
         accepted=Rate(judged.accepted, judged.n),
         above=judged.above(),
-        broken_before=old,
-        broken_after=new,
-        difference=_newcombe(pairs),
+        broken_before=Rate(sum(old), len(old)),
+        broken_after=Rate(sum(new), len(new)),
+        difference=paired_wilson(*paired_counts(old, new)),
         hybrid=judged.kind == "hybrid",
         unknown=judged.unknown,
         left_out=len(labels) - len(known),
-        highest=_newcombe(worst)[2],
+        highest=paired_wilson(*worst)[2],
     )
-
-
-def _newcombe(pairs: Sequence[tuple[bool, bool]]) -> tuple[float, float, float]:
-    return paired_wilson(*(pairs.count(x) for x in ((False, True), (True, False), (True, True), (False, False))))
