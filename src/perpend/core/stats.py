@@ -121,7 +121,9 @@ def paired_counts(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, i
         after: The second, in the same order.
     """
     pairs = list(zip(before, after, strict=True))
-    gained, lost, both, neither = (pairs.count(pair) for pair in ((0, 1), (1, 0), (1, 1), (0, 0)))
+    gained, lost, both, neither = (
+        pairs.count(pair) for pair in ((False, True), (True, False), (True, True), (False, False))
+    )
     return gained, lost, both, neither
 
 
